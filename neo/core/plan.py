@@ -1,0 +1,115 @@
+"""StepPlan: what a policy decides for one step. Frozen; a plan refers to requests, it never changes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from neo.core.request import Request, Tier
+
+
+class MoveOrder(StrEnum):
+    """When a layer's copy runs, relative to that layer's computation."""
+
+    BEFORE = "before"  # layer l's copy ends before layer l's PRE: its source is free for, its target readable by, this step
+    AFTER = "after"  # layer l's copy starts after layer l's attention; this step's new token moves along
+
+
+class EvictMode(StrEnum):
+    """How a request loses its place in GPU memory."""
+
+    RECOMPUTE = "recompute"  # drop its KV, back to the front of the queue; known tokens are prefilled again
+    SWAP = "swap"  # its KV leaves for the CPU before the step, it has no role in it
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Compute known tokens ``start .. start+length`` of a request; their KV goes to (or stays on) ``dst``.
+
+    For ``dst`` CPU the KV leaves the GPU layer by layer behind the layer's PRE, through the staging
+    blocks; a chunk with ``start`` > 0 then has its prefix streamed back for its attention.
+    """
+
+    request: Request
+    start: int
+    length: int
+    dst: Tier = Tier.GPU
+
+
+@dataclass(frozen=True, slots=True)
+class SubBatch:
+    """Requests that go through the layers together."""
+
+    prefill: tuple[PrefillChunk, ...] = ()
+    gpu_decode: tuple[Request, ...] = ()
+    cpu_decode: tuple[Request, ...] = ()
+    stream_decode: tuple[Request, ...] = ()  # GPU attention; host layers' KV is streamed ahead of use
+
+    @property
+    def decodes(self) -> tuple[Request, ...]:
+        """All decode requests of this sub-batch."""
+        return self.gpu_decode + self.cpu_decode + self.stream_decode
+
+    @property
+    def tokens(self) -> int:
+        """Rows of its dense work."""
+        decodes = len(self.gpu_decode) + len(self.cpu_decode) + len(self.stream_decode)
+        return decodes + sum(c.length for c in self.prefill) if self.prefill else decodes
+
+    @property
+    def sequences(self) -> int:
+        """Requests in it."""
+        return len(self.prefill) + len(self.gpu_decode) + len(self.cpu_decode) + len(self.stream_decode)
+
+
+@dataclass(frozen=True, slots=True)
+class KVMove:
+    """Copy a request's KV of the layers ``start .. stop`` (default: all) to the tier ``dst``.
+
+    Target blocks are taken when the step starts; source blocks are freed when each copy completes.
+    """
+
+    request: Request
+    dst: Tier
+    layers: tuple[int, int] | None = None
+    order: MoveOrder = MoveOrder.BEFORE
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Preempt a request."""
+
+    request: Request
+    mode: EvictMode = EvictMode.RECOMPUTE
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Refuse a request that can never fit; ``reason`` holds the numbers."""
+
+    request: Request
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: 0 batches (idle), 1 (sequential) or 2 (asymmetric pipeline), and what moves beside them.
+
+    ``repeat``: for how many further steps the same decision holds, if nobody arrives or ends and the pools
+    can give every block that is needed. A promise that only a decode-only plan without moves may make.
+    """
+
+    batches: tuple[SubBatch, ...] = ()
+    moves: tuple[KVMove, ...] = ()
+    evict: tuple[Evict, ...] = ()
+    reject: tuple[Reject, ...] = ()
+    why: str = ""
+    repeat: int = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether the plan does nothing at all."""
+        return not (self.batches or self.moves or self.evict or self.reject)
+
+
+IDLE = StepPlan(why="idle")

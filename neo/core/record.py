@@ -1,0 +1,79 @@
+"""RunRecord: what a run leaves behind, in columns. Simulator and engine fill it; ``neo.report`` reads it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+from neo.core.request import Request
+
+
+class Mode(IntEnum):
+    """How a step was run; the name in reports is the lower-case name with dashes."""
+
+    GPU_ONLY = 0  # one batch, attention on the GPU from resident KV
+    CPU_SEQUENTIAL = 1  # one batch with CPU attention
+    PIPELINED = 2  # two sub-batches
+    STREAMED = 3  # one batch with streamed KV
+
+
+@dataclass(slots=True)
+class StepColumns:
+    """One entry per recorded row; a row stands for ``steps`` equal steps from ``start_s`` to ``end_s``.
+
+    Counts are per step, KV use (layer-blocks) is the peak within the row, ``busy_*`` are seconds in which the
+    resource worked, over the whole row.
+    """
+
+    start_s: array[float] = field(default_factory=lambda: array("d"))
+    end_s: array[float] = field(default_factory=lambda: array("d"))
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    mode: array[int] = field(default_factory=lambda: array("b"))
+    waiting: array[int] = field(default_factory=lambda: array("q"))
+    prefill_tokens: array[int] = field(default_factory=lambda: array("q"))
+    gpu_decodes: array[int] = field(default_factory=lambda: array("q"))
+    cpu_decodes: array[int] = field(default_factory=lambda: array("q"))
+    stream_decodes: array[int] = field(default_factory=lambda: array("q"))
+    kv_gpu: array[int] = field(default_factory=lambda: array("q"))
+    kv_cpu: array[int] = field(default_factory=lambda: array("q"))
+    busy_gpu: array[float] = field(default_factory=lambda: array("d"))
+    busy_cpu: array[float] = field(default_factory=lambda: array("d"))
+    busy_h2d: array[float] = field(default_factory=lambda: array("d"))
+    busy_d2h: array[float] = field(default_factory=lambda: array("d"))
+
+
+class Slice(NamedTuple):
+    """One operation on a timeline; times in seconds on the run's clock."""
+
+    step: int
+    resource: str
+    name: str
+    layer: int | None
+    batch: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """Everything reports are made of.
+
+    ``itl_values`` / ``itl_counts``: each gap between two tokens of a request (seconds), and how many
+    requests saw it (a step that yields a token for n requests is one entry of count n).
+    """
+
+    requests: list[Request] = field(default_factory=list)
+    columns: StepColumns = field(default_factory=StepColumns)
+    itl_values: array[float] = field(default_factory=lambda: array("d"))
+    itl_counts: array[int] = field(default_factory=lambda: array("q"))
+    bytes_h2d: int = 0
+    bytes_d2h: int = 0
+    preemptions: int = 0
+    start_s: float = 0.0  # when the first request arrived
+    end_s: float = 0.0  # when the last one ended
+    kv_capacity: Mapping[str, int] = field(default_factory=dict)  # tier -> layer-blocks
+    slices: list[Slice] = field(default_factory=list)
+    interrupted: str | None = None  # why the run stopped early, if it did
