@@ -79,6 +79,9 @@ class Work(NamedTuple):
     beside_bytes: int = 0  # copies: bytes going the other way in this layer; CPU_ATTN: bytes of all its copies
 
 
+NO_BATCH = -1  # the sub-batch of operations that belong to none: planning, embedding, moves ahead of use, HEAD
+
+
 class Dep(NamedTuple):
     """'After the most recent ``kind`` of sub-batch ``batch``', or the ``lag``-th before that one."""
 
@@ -89,35 +92,48 @@ class Dep(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TemplateOp:
-    """One operation of a template; ``layer_offset`` is relative to the iteration's layer."""
+    """One operation of a template.
+
+    ``work`` indexes the graph's works; ``layer_offset`` is relative to the iteration's layer, None for
+    operations that belong to no layer.
+    """
 
     kind: OpKind
     batch: int
-    resource: Resource
     deps: tuple[Dep, ...]
-    layer_offset: int = 0
-    per_layer: bool = True
+    work: int
+    layer_offset: int | None = 0
+
+    @property
+    def resource(self) -> Resource:
+        """What it occupies."""
+        return RESOURCE_OF[self.kind]
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Operations repeated for ``repeat`` iterations; iteration i works on layer ``first_layer + i * stride``."""
+    """Operations repeated ``repeat`` times; iteration i works on layer ``first_layer + i``."""
 
     ops: tuple[TemplateOp, ...]
     repeat: int = 1
     first_layer: int = 0
-    stride: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Template:
-    """The shape of a graph: its sections, and which ``work`` entry each operation uses."""
+    """The shape of a graph, shared by all steps that have it.
+
+    Attributes:
+        sections: the operations, in program order.
+        kinds: per work entry, its operation kind.
+        counts: per work entry, how often it runs in the whole step.
+        serial: every operation waits for the one before it, so a step takes the sum of its operations.
+    """
 
     sections: tuple[Section, ...]
-    work_index: tuple[tuple[int, ...], ...]  # per section, per op: index into StepGraph.works
-    kinds: tuple[OpKind, ...]  # per work entry: its operation kind
-    counts: tuple[int, ...]  # per work entry: how often it runs in the whole step
-    serial: bool  # every operation waits for the one before it: the step is the sum of its parts
+    kinds: tuple[OpKind, ...]
+    counts: tuple[int, ...]
+    serial: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +146,7 @@ class Op:
     batch: int
     resource: Resource
     deps: tuple[int, ...]
-    work: Work
+    work: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,16 +163,15 @@ class StepGraph:
         """
         latest: dict[tuple[OpKind, int], list[int]] = {}
         index = 0
-        for section, work_index in zip(self.template.sections, self.template.work_index, strict=True):
+        for section in self.template.sections:
             for i in range(section.repeat):
-                base = section.first_layer + i * section.stride
-                for op, w in zip(section.ops, work_index, strict=True):
+                for op in section.ops:
                     deps = []
                     for dep in op.deps:
                         done = latest.get((dep.kind, dep.batch), ())
                         if len(done) > dep.lag:
                             deps.append(done[-1 - dep.lag])
-                    layer = base + op.layer_offset if op.per_layer else None
-                    yield Op(index, op.kind, layer, op.batch, op.resource, tuple(deps), self.works[w])
+                    layer = None if op.layer_offset is None else section.first_layer + i + op.layer_offset
+                    yield Op(index, op.kind, layer, op.batch, op.resource, tuple(deps), op.work)
                     latest.setdefault((op.kind, op.batch), []).append(index)
                     index += 1

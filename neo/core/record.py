@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from neo.core.request import Request
 
@@ -69,6 +69,7 @@ class RunRecord:
     columns: StepColumns = field(default_factory=StepColumns)
     itl_values: array[float] = field(default_factory=lambda: array("d"))
     itl_counts: array[int] = field(default_factory=lambda: array("q"))
+    busy: dict[str, float] = field(default_factory=dict)  # resource -> seconds it worked
     bytes_h2d: int = 0
     bytes_d2h: int = 0
     preemptions: int = 0
@@ -77,3 +78,19 @@ class RunRecord:
     kv_capacity: Mapping[str, int] = field(default_factory=dict)  # tier -> layer-blocks
     slices: list[Slice] = field(default_factory=list)
     interrupted: str | None = None  # why the run stopped early, if it did
+
+    def add_busy(self, resource: str, seconds: Any, steps: int) -> float:
+        """Add the busy seconds of ``steps`` steps (a number, or one per step); returns their sum.
+
+        Added one by one, so that repeated steps give the same total as single ones.
+        """
+        total = self.busy.get(resource, 0.0)
+        before = total
+        if isinstance(seconds, (int, float)):
+            for _ in range(steps):
+                total += seconds
+        else:
+            for value in seconds.tolist():
+                total += value
+        self.busy[resource] = total
+        return total - before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from neo.core.blocks import BlockPool, blocks_for
@@ -35,6 +35,7 @@ class SystemView:
 
     Attributes:
         now: seconds on the driver's clock.
+        requests: every live request by id.
         waiting: requests without KV, in the order in which they should be served (preempted ones first).
         prefilling: requests whose known tokens have KV in part, by admission.
         gpu_decodes, cpu_decodes, split_decodes: decoding requests by where their KV lives, by admission.
@@ -52,6 +53,7 @@ class SystemView:
         "now",
         "pools",
         "prefilling",
+        "requests",
         "split_decodes",
         "waiting",
     )
@@ -62,6 +64,7 @@ class SystemView:
         hardware: HardwareSpec,
         limits: Limits,
         pools: dict[Tier, BlockPool],
+        requests: Mapping[str, Request],
         waiting: Collection[Request],
         prefilling: Collection[Request],
     ) -> None:
@@ -70,6 +73,7 @@ class SystemView:
         self.hardware = hardware
         self.limits = limits
         self.pools = pools
+        self.requests = requests
         self.waiting = waiting
         self.prefilling = prefilling
         self.gpu_decodes: tuple[Request, ...] = ()

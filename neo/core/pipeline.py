@@ -1,0 +1,231 @@
+"""compile(plan): the operations of a step, their resources and their order.
+
+Sequential step (one sub-batch), per layer::
+
+    GPU   PRE ─────────── GPU_ATTN ── POST
+    CPU      └ SEND ─ CPU_ATTN ─ RECV ┘
+
+Asymmetric pipeline (two sub-batches, NEO section 3.1): sub-batch 0 holds all GPU attention, sub-batch 1 only
+CPU decodes. While the CPU does attention of sub-batch 1, the GPU does POST and next-layer PRE of sub-batch
+0; while the CPU does the (short) attention of sub-batch 0, the GPU does POST, PRE of sub-batch 1 and
+GPU_ATTN of sub-batch 0::
+
+    GPU   PRE0 PRE1 GA0 │ POST0 PRE0' │ POST1 PRE1' GA0' │ ...
+    CPU        CA0      │    CA1      │        CA0'      │ ...
+
+Copies run beside that: moves ordered before the layer that needs them, KV bound for the CPU behind the PRE
+that made it (through the staging layer, which the next layer's PRE needs back), streamed KV ahead of the
+attention that reads it.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from neo.core.blocks import blocks_for
+from neo.core.graph import OpKind, StepGraph, Work
+from neo.core.plan import EvictMode, KVMove, MoveOrder, StepPlan, SubBatch
+from neo.core.request import Request, Tier
+from neo.core.specs import ModelSpec
+from neo.core.templates import Shape, WorkKey, template_for
+
+
+def compile(plan: StepPlan, model: ModelSpec, block_size: int = 16, staging_layers: int = 1) -> StepGraph:
+    """The StepGraph of a validated plan with at least one sub-batch.
+
+    ``staging_layers`` is the number of staging buffers that streamed layers rotate through. Sizes in the
+    graph's works are per layer and over all tensor-parallel ranks; copies move whole blocks.
+    """
+    batch = plan.batches[0]
+    if (
+        len(plan.batches) == 1
+        and not (plan.moves or plan.evict or batch.cpu_decode or batch.stream_decode)
+        and all(c.dst is Tier.GPU for c in batch.prefill)
+    ):
+        return _compile_gpu_only(batch, model)
+    return _Compiler(plan, model, block_size, max(1, staging_layers)).graph()
+
+
+def sampled_rows(batch: SubBatch) -> int:
+    """Requests of a sub-batch that get a token from this step."""
+    done = sum(c.length == c.request.remaining_prefill for c in batch.prefill)
+    return done + len(batch.gpu_decode) + len(batch.cpu_decode) + len(batch.stream_decode)
+
+
+def kv_read(decodes: tuple[Request, ...]) -> int:
+    """KV tokens that the attention of these decodes reads in one layer, the new ones included."""
+    return sum([r.computed for r in decodes]) + len(decodes)
+
+
+def _compile_gpu_only(batch: SubBatch, model: ModelSpec) -> StepGraph:
+    """The common case, without the general one's bookkeeping; a test holds the two against each other."""
+    decodes = batch.gpu_decode
+    chunks = tuple([(c.start, c.length) for c in batch.prefill])
+    tokens = len(decodes) + sum([c[1] for c in chunks])
+    rows = sampled_rows(batch) if chunks else len(decodes)
+    template, keys = template_for(Shape(model.layers, head=rows > 0, allreduce=model.tp > 1))
+    dense = Work(tokens)
+    by_kind = {
+        OpKind.SCHEDULE: Work(tokens, len(decodes) + len(chunks)),
+        OpKind.EMBED: dense,
+        OpKind.PRE: dense,
+        OpKind.POST: dense,
+        OpKind.GPU_ATTN: Work(tokens, len(decodes), kv_read(decodes), 0, chunks),
+        OpKind.HEAD: Work(rows, rows),
+        OpKind.ALLREDUCE: Work(tokens, bytes=allreduce_bytes(tokens, model)),
+    }
+    return StepGraph(template, tuple([by_kind[k[0]] for k in keys]))
+
+
+def allreduce_bytes(tokens: int, model: ModelSpec) -> int:
+    """Bytes that each rank contributes per layer: partial sums after attention and after the FFN."""
+    return 2 * tokens * model.hidden * model.dtype_bytes
+
+
+class _Compiler:
+    """Gathers the numbers of a plan; one instance per plan."""
+
+    def __init__(self, plan: StepPlan, model: ModelSpec, block_size: int, ring: int) -> None:
+        self.plan = plan
+        self.model = model
+        self.block_size = block_size
+        self.ring = ring
+        self.block_bytes = block_size * model.kv_bytes_per_token_layer
+        self.batches = plan.batches
+        self.streamed = self.stream_bytes()
+        self.runs = tuple((len(list(g)), nbytes) for nbytes, g in groupby(self.streamed))
+
+    def graph(self) -> StepGraph:
+        shape = self.shape()
+        template, keys = template_for(shape)
+        works = [self.work(key) for key in keys]
+        return StepGraph(template, tuple(self.with_contention(keys, works)))
+
+    def shape(self) -> Shape:
+        first = self.batches[0]
+        runs = tuple((n, nbytes > 0) for n, nbytes in self.runs)
+        return Shape(
+            layers=self.model.layers,
+            pipelined=len(self.batches) == 2,
+            attention=bool(first.prefill or first.gpu_decode or first.stream_decode),
+            cpu0=bool(first.cpu_decode),
+            cpu1=len(self.batches) == 2 and bool(self.batches[1].cpu_decode),
+            swap_out=self.moved_bytes(Tier.CPU, MoveOrder.BEFORE) > 0,
+            swap_in=self.moved_bytes(Tier.GPU, MoveOrder.BEFORE) > 0,
+            spill=self.spill_bytes() > 0,
+            streams=runs if any(on for _, on in runs) else (),
+            ring=self.ring,
+            allreduce=self.model.tp > 1,
+            head=any(sampled_rows(b) for b in self.batches),
+        )
+
+    # -- sizes, per layer ---------------------------------------------------------------------------------
+
+    def request_bytes(self, request: Request, extra_tokens: int = 0) -> int:
+        return blocks_for(request.computed + extra_tokens, self.block_size) * self.block_bytes
+
+    def move_bytes(self, move: KVMove) -> int:
+        """Average over all layers of what a move copies (a layer range moves less than the whole)."""
+        start, stop = move.layers or (0, self.model.layers)
+        extra = 1 if move.order is MoveOrder.AFTER else 0
+        return self.request_bytes(move.request, extra) * (stop - start) // self.model.layers
+
+    def moved_bytes(self, dst: Tier, order: MoveOrder) -> int:
+        total = sum([self.move_bytes(m) for m in self.plan.moves if m.dst is dst and m.order is order])
+        if dst is Tier.CPU and order is MoveOrder.BEFORE:
+            total += sum([self.request_bytes(e.request) for e in self.plan.evict if e.mode is EvictMode.SWAP])
+        return total
+
+    def spill_bytes(self) -> int:
+        """New KV that leaves behind its PRE: of CPU-bound prefill, of streamed decodes, of trailing moves."""
+        token = self.model.kv_bytes_per_token_layer
+        total = self.moved_bytes(Tier.CPU, MoveOrder.AFTER)
+        for batch in self.batches:
+            total += sum([c.length * token for c in batch.prefill if c.dst is Tier.CPU])
+            host = sum([r.host_layers.bit_count() for r in batch.stream_decode])
+            total += -(-host * token // self.model.layers)
+        return total
+
+    def stream_bytes(self) -> list[int]:
+        """Per layer: KV that is streamed in for GPU attention (prefixes of CPU-bound chunks, host layers)."""
+        prefix = sum(
+            [c.start * self.model.kv_bytes_per_token_layer for b in self.batches for c in b.prefill if c.dst is Tier.CPU]
+        )
+        per_layer = [prefix] * self.model.layers
+        for batch in self.batches:
+            for request in batch.stream_decode:
+                size = self.request_bytes(request)
+                for layer in range(self.model.layers):
+                    if request.host_layers >> layer & 1:
+                        per_layer[layer] += size
+        return per_layer
+
+    # -- works --------------------------------------------------------------------------------------------
+
+    def work(self, key: WorkKey) -> Work:
+        kind, index, variant = key
+        model = self.model
+        if kind in (OpKind.SCHEDULE, OpKind.EMBED, OpKind.HEAD):
+            rows = sum([sampled_rows(b) for b in self.batches])
+            tokens = sum([b.tokens for b in self.batches])
+            sequences = sum([b.sequences for b in self.batches])
+            return {
+                OpKind.SCHEDULE: Work(tokens, sequences),
+                OpKind.EMBED: Work(tokens),
+                OpKind.HEAD: Work(rows, rows),
+            }[kind]
+        if kind is OpKind.STREAM:
+            return Work(bytes=self.runs[variant][1])
+        if kind is OpKind.SWAP_IN:
+            return Work(bytes=self.moved_bytes(Tier.GPU, MoveOrder.BEFORE))
+        if kind is OpKind.SWAP_OUT:
+            return Work(bytes=self.spill_bytes() if index == 0 else self.moved_bytes(Tier.CPU, MoveOrder.BEFORE))
+        batch = self.batches[index]
+        rows = len(batch.cpu_decode)
+        if kind is OpKind.GPU_ATTN:
+            chunks = tuple([(c.start, c.length) for c in batch.prefill])
+            decodes = batch.gpu_decode + batch.stream_decode
+            return Work(batch.tokens, len(decodes), kv_read(decodes), 0, chunks)
+        if kind is OpKind.CPU_ATTN:
+            return Work(rows, rows, kv_read(batch.cpu_decode))
+        if kind is OpKind.SEND:
+            return Work(rows, rows, bytes=rows * model.head_dim * (model.heads + 2 * model.kv_heads) * model.dtype_bytes)
+        if kind is OpKind.RECV:
+            return Work(rows, rows, bytes=rows * model.head_dim * model.heads * model.dtype_bytes)
+        if kind is OpKind.ALLREDUCE:
+            return Work(batch.tokens, bytes=allreduce_bytes(batch.tokens, model))
+        return Work(batch.tokens)  # PRE, POST
+
+    def with_contention(self, keys: tuple[WorkKey, ...], works: list[Work]) -> list[Work]:
+        """Tell copies what goes the other way in their layer, and CPU attention what all copies move.
+
+        Several operations that share such company split it in proportion to their own size.
+        """
+        into = sum([w.bytes for k, w in zip(keys, works, strict=True) if k[0] in _TO_GPU])
+        out = sum([w.bytes for k, w in zip(keys, works, strict=True) if k[0] in _TO_HOST])
+        kv = sum([w.kv_tokens for k, w in zip(keys, works, strict=True) if k[0] is OpKind.CPU_ATTN])
+        result = []
+        for (kind, _, _), w in zip(keys, works, strict=True):
+            if kind in _TO_GPU and into:
+                w = w._replace(beside_bytes=out * w.bytes // into)
+            elif kind in _TO_HOST and out:
+                w = w._replace(beside_bytes=into * w.bytes // out)
+            elif kind is OpKind.CPU_ATTN and kv:
+                w = w._replace(beside_bytes=(into + out) * w.kv_tokens // kv)
+            result.append(w)
+        return result
+
+
+_TO_GPU = frozenset({OpKind.RECV, OpKind.SWAP_IN, OpKind.STREAM})
+_TO_HOST = frozenset({OpKind.SEND, OpKind.SWAP_OUT})
+
+
+def bytes_moved(graph: StepGraph) -> tuple[int, int]:
+    """Bytes that a step copies (to the GPU, to the host), over all layers."""
+    into = out = 0
+    for kind, count, work in zip(graph.template.kinds, graph.template.counts, graph.works, strict=True):
+        if kind in _TO_GPU:
+            into += count * work.bytes
+        elif kind in _TO_HOST:
+            out += count * work.bytes
+    return into, out

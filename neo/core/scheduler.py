@@ -1,0 +1,404 @@
+"""Scheduler: queues, pools and a policy; the state machine that the simulator and the engine both drive.
+
+It knows no wall clock and does no I/O: the driver passes the time, runs the StepGraph (or prices it) and
+reports back::
+
+    planned = scheduler.plan_step(now)          # policy -> check -> apply -> compile
+    ...                                         # run or price planned.graph
+    scheduler.finish_step(planned, result)      # tokens, finished requests, freed blocks
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, NamedTuple, Protocol
+
+from neo.core.blocks import BlockPool
+from neo.core.errors import InputError, NeoError, PlanError, PolicyError
+from neo.core.graph import OpKind, StepGraph, Work
+from neo.core.pipeline import compile
+from neo.core.plan import EvictMode, KVMove, MoveOrder, StepPlan
+from neo.core.request import FinishReason, Request, State, Tier
+from neo.core.specs import HardwareSpec, ModelSpec
+from neo.core.validate import check, moved_blocks
+from neo.core.view import Limits, SystemView
+
+_ADMISSION = attrgetter("sequence")
+
+
+class Costs(Protocol):
+    """What the scheduler hands to the policy; ``neo.cost.interface.CostModel`` is the full contract."""
+
+    def seconds(self, kind: OpKind, work: Work) -> Any:
+        """Seconds of one operation."""
+        ...
+
+
+class Planner(Protocol):
+    """What the scheduler needs of a policy; ``neo.policy.interface.Policy`` is the full contract."""
+
+    def plan(self, view: SystemView, cost: Any) -> StepPlan:
+        """Decide the next step."""
+        ...
+
+
+class Planned(NamedTuple):
+    """A step that has been applied to queues and pools and waits to be run."""
+
+    plan: StepPlan
+    graph: StepGraph
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What running a step gave.
+
+    ``steps`` > 1: the plan was repeated, ``end_s`` is the end of the last repetition. ``stopped`` names
+    requests that ended before their length limit (end of sequence, stop string), with the reason.
+    """
+
+    end_s: float
+    steps: int = 1
+    stopped: Mapping[str, FinishReason] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Owns queues and block accounting; applies a plan only after ``validate.check``.
+
+    Attributes:
+        view: what the policy sees (always current).
+        ended: requests that ended since the driver last emptied this list.
+    """
+
+    def __init__(
+        self,
+        policy: Planner,
+        cost: Costs,
+        model: ModelSpec,
+        hardware: HardwareSpec,
+        limits: Limits,
+        gpu_blocks: int,
+        cpu_blocks: int,
+    ) -> None:
+        self.policy = policy
+        self.cost = cost
+        self.staging_layers: int = getattr(policy, "staging_layers", 0)
+        size = limits.block_size
+        pools = {
+            Tier.GPU: BlockPool(Tier.GPU, gpu_blocks, model.layers, size, self.staging_layers),
+            Tier.CPU: BlockPool(Tier.CPU, cpu_blocks, model.layers, size),
+        }
+        self._requests: dict[str, Request] = {}
+        self._waiting: OrderedDict[str, Request] = OrderedDict()
+        self._prefilling: dict[str, Request] = {}
+        self._decodes: dict[Tier | None, list[Request]] = {Tier.GPU: [], Tier.CPU: [], None: []}
+        self.view = SystemView(
+            model, hardware, limits, pools, self._requests, self._waiting.values(), self._prefilling.values()
+        )
+        self.ended: list[Request] = []
+        self._admitted = 0
+        self._in_flight: StepPlan | None = None
+        self._source_blocks: list[tuple[Tier, str, int]] = []  # to be released when the running step's copies end
+        self._aborting: dict[str, FinishReason] = {}
+        self._all_layers = (1 << model.layers) - 1
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    # -- requests come and go -----------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a new request. InputError if its id is in use."""
+        if request.id in self._requests:
+            raise InputError(f"request id {request.id!r} is already in use")
+        if request.state is not State.WAITING or request.computed or request.sequence >= 0:
+            raise InputError(f"request {request.id!r} has been scheduled before")
+        request.sequence = self._admitted
+        self._admitted += 1
+        self._requests[request.id] = request
+        self._waiting[request.id] = request
+
+    def abort(self, request_id: str, now: float, reason: FinishReason = FinishReason.ABORT) -> bool:
+        """End a request early; False if it is not live. In a running step it ends with the step."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        if self._in_flight is not None and request.state is not State.WAITING:
+            self._aborting.setdefault(request_id, reason)
+        else:
+            self._end(request, State.ABORTED, reason, now)
+        return True
+
+    # -- a step -------------------------------------------------------------------------------------------
+
+    def plan_step(self, now: float) -> Planned | None:
+        """Ask the policy for the next step and apply it; None if it has nothing to do.
+
+        Raises PlanError if the plan breaks an invariant and PolicyError if the policy fails; in both cases
+        nothing of the plan has been applied.
+        """
+        if self._in_flight is not None:
+            raise AssertionError("plan_step while a step is running")
+        self.view.now = now
+        while self._requests:
+            plan = self._ask()
+            if plan.idle:
+                return None
+            check(self.view, plan)
+            self._apply(plan, now)
+            if plan.batches:
+                self._in_flight = self.view.in_flight = plan
+                model, limits = self.view.model, self.view.limits
+                return Planned(plan, compile(plan, model, limits.block_size, self.staging_layers))
+        return None
+
+    def max_steps(self, plan: StepPlan) -> int:
+        """For how many steps the applied plan may run: until a request ends or a pool runs dry; at least 1."""
+        if plan.repeat == 0:
+            return 1
+        decodes = [r for b in plan.batches for r in b.decodes]
+        steps = min(plan.repeat + 1, min([r.max_tokens - r.generated for r in decodes]))
+        while steps > 1 and not self._growth_fits(plan, steps):
+            steps //= 2
+        return max(1, steps)
+
+    def finish_step(self, planned: Planned, result: StepResult) -> None:
+        """Commit a step that has run: tokens, copies completed, requests that ended."""
+        plan = planned.plan
+        if plan is not self._in_flight:
+            raise AssertionError("finish_step of a step that is not running")
+        if result.steps > 1:
+            for tier, owner, count in self._growth(plan, result.steps):
+                self.view.pools[tier].take(owner, count)
+        self._in_flight = self.view.in_flight = None
+        ended = self._commit_decodes(plan, result)
+        ended += self._commit_chunks(plan, result.end_s)
+        self._complete_moves(plan)
+        for request in ended:
+            self._end(request, State.FINISHED, FinishReason.LENGTH, result.end_s)
+        for request_id, reason in result.stopped.items():
+            if request_id in self._requests and not self._requests[request_id].done:
+                self._end(self._requests[request_id], State.FINISHED, reason, result.end_s)
+        for request_id, reason in self._aborting.items():
+            if request_id in self._requests and not self._requests[request_id].done:
+                self._end(self._requests[request_id], State.ABORTED, reason, result.end_s)
+        self._aborting.clear()
+
+    # -- planning -----------------------------------------------------------------------------------------
+
+    def _ask(self) -> StepPlan:
+        try:
+            plan = self.policy.plan(self.view, self.cost)
+        except NeoError:
+            raise
+        except Exception as error:
+            name = type(self.policy).__name__
+            raise PolicyError(f"policy {name} raised {type(error).__name__}: {error}") from error
+        if not isinstance(plan, StepPlan):
+            raise PolicyError(f"policy {type(self.policy).__name__} returned {type(plan).__name__}, not a StepPlan")
+        return plan
+
+    def stalled(self) -> PlanError:
+        """The error for a driver whose policy stays idle although nothing else will ever happen."""
+        first = next(iter(self._requests.values()))
+        return PlanError(
+            "progress",
+            f"the policy is idle, nothing more will arrive, and {len(self._requests)} requests would wait for ever",
+            first.id,
+        )
+
+    def _apply(self, plan: StepPlan, now: float) -> None:
+        for x in plan.reject:
+            x.request.detail = x.reason
+            self._end(x.request, State.REJECTED, FinishReason.REJECTED, now)
+        for e in plan.evict:
+            e.request.preemptions += 1
+            if e.mode is EvictMode.RECOMPUTE:
+                self._recompute(e.request)
+            else:
+                self._start_move(KVMove(e.request, Tier.CPU))
+        for m in plan.moves:
+            self._start_move(m)
+        self._release_sources(Tier.GPU)  # the graph orders every PRE, and so all new KV, behind these copies
+        for batch in plan.batches:
+            for c in batch.prefill:
+                self._start_chunk(c.request, c.length, c.dst, now)
+        for tier, owner, count in self._growth(plan, 1):
+            self.view.pools[tier].take(owner, count)
+
+    def _start_chunk(self, request: Request, length: int, dst: Tier, now: float) -> None:
+        self.view.pools[dst].take(request.id, self.view.growth(request, length))
+        if request.state is State.WAITING:
+            del self._waiting[request.id]
+            self._prefilling[request.id] = request
+            request.state = State.PREFILL
+            request.tier = dst
+            request.host_layers = self._all_layers if dst is Tier.CPU else 0
+            if request.scheduled_s is None:
+                request.scheduled_s = now
+
+    def _growth(self, plan: StepPlan, steps: int) -> list[tuple[Tier, str, int]]:
+        """Layer-blocks that decodes need: for their next token (steps 1), or for the repetitions after it."""
+        size, layers = self.view.limits.block_size, self.view.model.layers
+        grown: list[tuple[Tier, str, int]] = []
+        for batch in plan.batches:
+            for r in batch.decodes:
+                if steps == 1:
+                    if r.computed % size:
+                        continue
+                    blocks = 1
+                else:
+                    blocks = -(-(r.computed + steps) // size) - (r.computed // size + 1)
+                    if not blocks:
+                        continue
+                if r.tier is not None:
+                    grown.append((r.tier, r.id, blocks * layers))
+                else:
+                    on_host = r.host_layers.bit_count()
+                    grown.append((Tier.CPU, r.id, blocks * on_host))
+                    grown.append((Tier.GPU, r.id, blocks * (layers - on_host)))
+        return grown
+
+    def _growth_fits(self, plan: StepPlan, steps: int) -> bool:
+        size, layers = self.view.limits.block_size, self.view.model.layers
+        most = (steps // size + 1) * layers * sum([b.sequences for b in plan.batches])
+        if most <= self.view.pools[Tier.GPU].free and most <= self.view.pools[Tier.CPU].free:
+            return True
+        need = {Tier.GPU: 0, Tier.CPU: 0}
+        for tier, _, count in self._growth(plan, steps):
+            need[tier] += count
+        return all(need[t] <= self.view.pools[t].free for t in need)
+
+    # -- KV that moves ------------------------------------------------------------------------------------
+
+    def _recompute(self, request: Request) -> None:
+        """Drop a request's KV and put it back at the front of the queue."""
+        self._leave_group(request)
+        for pool in self.view.pools.values():
+            pool.release(request.id)
+        request.state = State.WAITING
+        request.computed = 0
+        request.tier = None
+        request.host_layers = 0
+        self._waiting[request.id] = request
+        self._waiting.move_to_end(request.id, last=False)
+
+    def _start_move(self, move: KVMove) -> None:
+        """Take the target blocks; a move ordered before use also changes where the request lives."""
+        view = self.view
+        src = Tier.GPU if move.dst is Tier.CPU else Tier.CPU
+        after = move.order is MoveOrder.AFTER
+        start, stop = move.layers or (0, view.model.layers)
+        mask = ((1 << (stop - start)) - 1) << start
+        if not after:
+            mask &= ~move.request.host_layers if move.dst is Tier.CPU else move.request.host_layers
+        blocks = moved_blocks(view, move, after) // (stop - start) * mask.bit_count()
+        view.pools[move.dst].take(move.request.id, blocks)
+        if not after:
+            self._source_blocks.append((src, move.request.id, blocks))
+            self._relocate(move.request, mask, move.dst)
+
+    def _relocate(self, request: Request, mask: int, dst: Tier) -> None:
+        decoding = request.state is State.DECODE
+        if decoding:
+            self._leave_group(request)
+        host = request.host_layers | mask if dst is Tier.CPU else request.host_layers & ~mask
+        request.host_layers = host
+        request.tier = Tier.GPU if host == 0 else Tier.CPU if host == self._all_layers else None
+        if decoding:
+            self._join_group(request)
+
+    def _release_sources(self, src: Tier) -> None:
+        pool = self.view.pools[src]
+        for tier, owner, count in self._source_blocks:
+            if tier is src:
+                pool.release(owner, count)
+        self._source_blocks = [s for s in self._source_blocks if s[0] is not src]
+
+    def _complete_moves(self, plan: StepPlan) -> None:
+        self._release_sources(Tier.CPU)
+        for m in plan.moves:
+            if m.order is MoveOrder.AFTER:
+                start, stop = m.layers or (0, self.view.model.layers)
+                blocks = moved_blocks(self.view, m, False)
+                self.view.pools[Tier.GPU].release(m.request.id, blocks)
+                self._relocate(m.request, ((1 << (stop - start)) - 1) << start, Tier.CPU)
+
+    # -- committing ---------------------------------------------------------------------------------------
+
+    def _commit_decodes(self, plan: StepPlan, result: StepResult) -> list[Request]:
+        steps, end = result.steps, result.end_s
+        ended = []
+        for batch in plan.batches:
+            for r in batch.decodes:
+                r.computed += steps
+                r.generated += steps
+                r.last_token_s = end
+                if r.generated >= r.max_tokens:
+                    ended.append(r)
+            for r in batch.cpu_decode:
+                r.cpu_steps += steps
+        return ended
+
+    def _commit_chunks(self, plan: StepPlan, end: float) -> list[Request]:
+        ended = []
+        for batch in plan.batches:
+            for c in batch.prefill:
+                r = c.request
+                r.computed += c.length
+                if r.computed < r.known:
+                    continue
+                del self._prefilling[r.id]
+                r.state = State.DECODE
+                r.generated += 1
+                r.last_token_s = end
+                if r.first_token_s is None:
+                    r.first_token_s = end
+                self._join_group(r)
+                if r.generated >= r.max_tokens:
+                    ended.append(r)
+        return ended
+
+    def _end(self, request: Request, state: State, reason: FinishReason, now: float) -> None:
+        self._leave_group(request)
+        for pool in self.view.pools.values():
+            pool.release(request.id)
+        request.state = state
+        request.finish_reason = reason
+        request.finish_s = now
+        request.tier = None
+        request.host_layers = 0
+        del self._requests[request.id]
+        self.ended.append(request)
+
+    def _join_group(self, request: Request) -> None:
+        group = self._decodes[request.tier]
+        if group and group[-1].sequence > request.sequence:
+            insort(group, request, key=_ADMISSION)
+        else:
+            group.append(request)
+        self._publish(request.tier)
+
+    def _leave_group(self, request: Request) -> None:
+        if request.state is State.WAITING:
+            del self._waiting[request.id]
+        elif request.state is State.PREFILL:
+            del self._prefilling[request.id]
+        else:
+            self._decodes[request.tier].remove(request)
+            self._publish(request.tier)
+
+    def _publish(self, tier: Tier | None) -> None:
+        members = tuple(self._decodes[tier])
+        if tier is Tier.GPU:
+            self.view.gpu_decodes = members
+        elif tier is Tier.CPU:
+            self.view.cpu_decodes = members
+        else:
+            self.view.split_decodes = members

@@ -1,0 +1,205 @@
+"""Templates: which operations a step of a given shape has, in which order, after which others.
+
+See ``neo.core.pipeline`` for the picture. Order matters only within a resource; across resources the
+dependencies decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+from neo.core.graph import NO_BATCH, Dep, OpKind, Section, Template, TemplateOp
+
+WorkKey = tuple[OpKind, int, int]  # kind, sub-batch, variant (streams: which run of layers)
+
+
+class Shape(NamedTuple):
+    """What distinguishes one template from another.
+
+    ``streams`` lists runs of consecutive layers as (layers, whether KV is streamed in them).
+    """
+
+    layers: int
+    pipelined: bool = False
+    attention: bool = True  # GPU attention in sub-batch 0
+    cpu0: bool = False  # CPU decodes in sub-batch 0
+    cpu1: bool = False
+    swap_out: bool = False  # moves to the CPU ahead of use
+    swap_in: bool = False
+    spill: bool = False  # new KV that goes to the CPU behind PRE
+    streams: tuple[tuple[int, bool], ...] = ()
+    ring: int = 1  # staging buffers that streamed layers rotate through
+    allreduce: bool = False
+    head: bool = True
+
+
+@lru_cache(maxsize=4096)
+def template_for(shape: Shape) -> tuple[Template, tuple[WorkKey, ...]]:
+    """The template of a shape, and the key of each of its work entries."""
+    return _Builder(shape).build()
+
+
+class _Builder:
+    def __init__(self, shape: Shape) -> None:
+        self.s = shape
+        self.keys: dict[WorkKey, int] = {}
+        runs = shape.streams or ((shape.layers, False),)
+        self.stream_run = [i if on else None for i, (n, on) in enumerate(runs) for _ in range(n)]
+
+    def build(self) -> tuple[Template, tuple[WorkKey, ...]]:
+        head = [self.op(OpKind.HEAD, NO_BATCH, self.outputs(), None)] if self.s.head else []
+        sections = self.pipelined(head) if self.s.pipelined else self.sequential(head)
+        keys = tuple(self.keys)
+        counts = [0] * len(keys)
+        for section in sections:
+            for op in section.ops:
+                counts[op.work] += section.repeat
+        serial = not (
+            self.s.pipelined or self.s.cpu0 or self.s.swap_out or self.s.swap_in or self.s.spill or any(
+                on for _, on in self.s.streams
+            )
+        )
+        template = Template(tuple(s for s in sections if s.repeat), tuple(k[0] for k in keys), tuple(counts), serial)
+        return template, keys
+
+    def op(self, kind: OpKind, batch: int, deps: Iterable[Dep], offset: int | None = 0, variant: int = 0) -> TemplateOp:
+        work = self.keys.setdefault((kind, batch, variant), len(self.keys))
+        return TemplateOp(kind, batch, tuple(deps), work, offset)
+
+    def start(self) -> list[TemplateOp]:
+        return [
+            self.op(OpKind.SCHEDULE, NO_BATCH, (), None),
+            self.op(OpKind.EMBED, NO_BATCH, (Dep(OpKind.SCHEDULE, NO_BATCH),), None),
+        ]
+
+    def layer_end(self, batch: int) -> Dep:
+        return Dep(OpKind.ALLREDUCE if self.s.allreduce else OpKind.POST, batch)
+
+    def outputs(self) -> list[Dep]:
+        return [self.layer_end(0), self.layer_end(1)] if self.s.pipelined else [self.layer_end(0)]
+
+    def ahead(self, layer: int, offset: int) -> list[TemplateOp]:
+        """Copies to the GPU that layer ``layer`` needs; listed early so that they run ahead of it."""
+        ops = []
+        ready = (Dep(OpKind.SCHEDULE, NO_BATCH),)
+        if self.s.swap_in:
+            ops.append(self.op(OpKind.SWAP_IN, NO_BATCH, ready, offset))
+        run = self.stream_run[layer]
+        if run is not None:
+            deps = (*ready, Dep(OpKind.GPU_ATTN, 0, self.s.ring - 1))
+            ops.append(self.op(OpKind.STREAM, 0, deps, offset, variant=run))
+        return ops
+
+    def pre(self, batch: int) -> list[TemplateOp]:
+        """PRE of a sub-batch with what directly follows it: rows to the host, new KV to the host."""
+        s = self.s
+        deps = [self.layer_end(batch), Dep(OpKind.EMBED, NO_BATCH)]
+        if batch == 0:
+            deps += [Dep(OpKind.SWAP_OUT, NO_BATCH)] if s.swap_out else []
+            deps += [Dep(OpKind.SWAP_OUT, 0)] if s.spill else []
+        ops = [self.op(OpKind.PRE, batch, deps)]
+        if s.cpu1 if batch else s.cpu0:
+            ops.append(self.op(OpKind.SEND, batch, (Dep(OpKind.PRE, batch),)))
+        if batch == 0 and s.spill:
+            ops.append(self.op(OpKind.SWAP_OUT, 0, (Dep(OpKind.PRE, 0),)))
+        return ops
+
+    def swap_out(self) -> list[TemplateOp]:
+        ready = (Dep(OpKind.SCHEDULE, NO_BATCH),)
+        return [self.op(OpKind.SWAP_OUT, NO_BATCH, ready)] if self.s.swap_out else []
+
+    def gpu_attention(self) -> list[TemplateOp]:
+        if not self.s.attention:
+            return []
+        deps = [Dep(OpKind.PRE, 0)]
+        deps += [Dep(OpKind.SWAP_IN, NO_BATCH)] if self.s.swap_in else []
+        deps += [Dep(OpKind.STREAM, 0)] if self.s.streams else []
+        return [self.op(OpKind.GPU_ATTN, 0, deps)]
+
+    def cpu_attention(self, batch: int, offset: int = 0) -> list[TemplateOp]:
+        if not (self.s.cpu1 if batch else self.s.cpu0):
+            return []
+        return [self.op(OpKind.CPU_ATTN, batch, (Dep(OpKind.SEND, batch),), offset)]
+
+    def recv(self, batch: int, offset: int = 0) -> list[TemplateOp]:
+        if not (self.s.cpu1 if batch else self.s.cpu0):
+            return []
+        return [self.op(OpKind.RECV, batch, (Dep(OpKind.CPU_ATTN, batch),), offset)]
+
+    def post(self, batch: int, offset: int = 0) -> list[TemplateOp]:
+        deps = [Dep(OpKind.PRE, batch)]
+        deps += [Dep(OpKind.GPU_ATTN, 0)] if batch == 0 and self.s.attention else []
+        deps += [Dep(OpKind.RECV, batch)] if (self.s.cpu1 if batch else self.s.cpu0) else []
+        ops = [self.op(OpKind.POST, batch, deps, offset)]
+        if self.s.allreduce:
+            ops.append(self.op(OpKind.ALLREDUCE, batch, (Dep(OpKind.POST, batch),), offset))
+        return ops
+
+    def repeated(self, layers: range, ops_of: "LayerOps") -> list[Section]:
+        """Sections for a range of layers, equal neighbours merged."""
+        sections = []
+        for _, group in groupby(layers, key=lambda layer: self.signature(layer)):
+            same = list(group)
+            sections.append(Section(tuple(ops_of(same[0])), len(same), same[0]))
+        return sections
+
+    def signature(self, layer: int) -> object:
+        if self.s.pipelined:
+            return self.stream_run[layer]
+        return self.stream_run[layer + 1] if layer + 1 < self.s.layers else "last"
+
+    def sequential(self, head: list[TemplateOp]) -> list[Section]:
+        def layer_ops(layer: int) -> list[TemplateOp]:
+            following = self.ahead(layer + 1, 1) if layer + 1 < self.s.layers else []
+            return [
+                *self.swap_out(),
+                *self.pre(0),
+                *self.cpu_attention(0),
+                *self.gpu_attention(),
+                *following,
+                *self.recv(0),
+                *self.post(0),
+            ]
+
+        moving = self.s.swap_in or any(on for _, on in self.s.streams)
+        layers = range(self.s.layers)
+        if moving:
+            body = self.repeated(layers, layer_ops)
+        else:
+            body = [Section(tuple(layer_ops(self.s.layers - 1)), self.s.layers, 0)]
+        return [Section(tuple(self.start() + self.ahead(0, 0))), *body, Section(tuple(head), 1, self.s.layers)]
+
+    def pipelined(self, head: list[TemplateOp]) -> list[Section]:
+        s = self.s
+        first = [
+            *self.start(),
+            *self.ahead(0, 0),
+            *self.swap_out(),
+            *self.pre(0),
+            *self.cpu_attention(0),
+            *self.pre(1),
+            *self.gpu_attention(),
+            *self.recv(0),
+        ]
+
+        def layer_ops(layer: int) -> list[TemplateOp]:
+            return [
+                *self.swap_out(),
+                *self.ahead(layer, 0),
+                *self.cpu_attention(1, -1),
+                *self.post(0, -1),
+                *self.pre(0),
+                *self.recv(1, -1),
+                *self.cpu_attention(0),
+                *self.post(1, -1),
+                *self.pre(1),
+                *self.gpu_attention(),
+                *self.recv(0),
+            ]
+
+        last = [*self.cpu_attention(1), *self.post(0), *self.recv(1), *self.post(1), *head]
+        body = self.repeated(range(1, s.layers), layer_ops)
+        return [Section(tuple(first)), *body, Section(tuple(last), 1, s.layers - 1)]

@@ -1,0 +1,277 @@
+"""The simulator: SimPy processes for arrivals, aborts and steps around the Scheduler, on a virtual clock."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal
+
+import numpy as np
+import simpy
+
+from neo.core.graph import OpKind, Resource
+from neo.core.pipeline import bytes_moved
+from neo.core.plan import StepPlan
+from neo.core.record import Mode, RunRecord
+from neo.core.request import FinishReason, Request, Tier
+from neo.core.runlog import RunLog
+from neo.core.scheduler import Planned, Scheduler, StepResult
+from neo.core.timing import busy_seconds, durations, step_seconds
+from neo.sim.oplevel import run_operations
+
+Level = Literal["step", "op"]
+Events = Generator[simpy.Event, Any, None]
+_LAST_TOKEN = attrgetter("last_token_s")
+_MOST_AT_ONCE = 4096  # repeated steps priced in one go
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A request with what its client does: when it arrives, and when it gives up (seconds after arrival)."""
+
+    request: Request
+    timeout_s: float | None = None
+    abort_s: float | None = None
+
+
+def delay_until(now: float, then: float) -> float:
+    """The delay d for which ``now + d == then`` in floating point, so that no rounding builds up."""
+    delay = then - now
+    if delay <= 0:
+        return 0.0
+    while now + delay < then:
+        delay = math.nextafter(delay, math.inf)
+    while now + delay > then:
+        delay = math.nextafter(delay, 0.0)
+    return delay
+
+
+class Simulation:
+    """One run. ``record`` fills as it goes, so that an interrupted run leaves what it had.
+
+    Args:
+        scheduler: fresh, with policy, cost model and pools.
+        clients: in order of arrival.
+        level: ``"step"`` computes a step's length by recurrence; ``"op"`` runs every operation as an event.
+        log: where to write the run log.
+        timeline_steps: keep the operations of that many first steps as slices (level ``op`` only).
+        repeat: let the clock advance several steps at once where the policy's plan allows it. The numbers
+            are the same without, only slower.
+        progress: called with the number of ended requests, now and then.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        clients: Iterable[Client],
+        level: Level = "step",
+        log: RunLog | None = None,
+        timeline_steps: int = 0,
+        repeat: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.clients = list(clients)
+        self.level = level
+        self.log = log
+        self.timeline_steps = timeline_steps
+        self.repeat = repeat and level == "step"
+        self.progress = progress
+        self.record = RunRecord(requests=[c.request for c in self.clients])
+        pools = scheduler.view.pools
+        self.record.kv_capacity = {str(t): pools[t].total for t in pools}
+        self.record.start_s = self.clients[0].request.arrival_s if self.clients else 0.0
+        self.env = simpy.Environment()
+        self._wake: simpy.Event | None = None
+        self._steps = 0
+        self._ended = 0
+
+    def run(self) -> RunRecord:
+        """Run to the end of the last request. PlanError and PolicyError pass through; the record stays."""
+        self.env.process(self._arrivals())
+        engine = self.env.process(self._engine())
+        try:
+            self.env.run(until=engine)
+        finally:
+            self.record.end_s = max((r.finish_s or 0.0 for r in self.record.requests), default=0.0)
+        return self.record
+
+    # -- processes ----------------------------------------------------------------------------------------
+
+    def _arrivals(self) -> Events:
+        env = self.env
+        for client in self.clients:
+            request = client.request
+            if request.arrival_s > env.now:
+                yield env.timeout(delay_until(env.now, request.arrival_s))
+            self.scheduler.add(request)
+            if self.log:
+                self.log.add(env.now, request)
+            if client.timeout_s is not None:
+                env.process(self._give_up(request, client.timeout_s, FinishReason.TIMEOUT))
+            if client.abort_s is not None:
+                env.process(self._give_up(request, client.abort_s, FinishReason.ABORT))
+            self._notify()
+
+    def _give_up(self, request: Request, after_s: float, reason: FinishReason) -> Events:
+        yield self.env.timeout(after_s)
+        if self.scheduler.abort(request.id, self.env.now, reason):
+            if self.log:
+                self.log.end(self.env.now, request.id, reason)
+            self._notify()
+
+    def _notify(self) -> None:
+        if self._wake is not None:
+            self._wake.succeed()
+            self._wake = None
+
+    def _engine(self) -> Events:
+        env, scheduler = self.env, self.scheduler
+        while True:
+            while env.peek() <= env.now:  # what happens at this instant is seen by the plan
+                yield env.timeout(0)
+            start = env.now
+            planned = scheduler.plan_step(start)
+            self._collect_ended()
+            if planned is None:
+                if self._ended == len(self.clients):
+                    return
+                if env.peek() == math.inf:
+                    raise scheduler.stalled()
+                self._wake = env.event()
+                yield self._wake
+                continue
+            yield from self._run_step(planned, start)
+
+    def _run_step(self, planned: Planned, start: float) -> Events:
+        env = self.env
+        seconds = durations(planned.graph, self.scheduler.cost)
+        most = self.scheduler.max_steps(planned.plan) if self.repeat and planned.graph.template.serial else 1
+        if self.level == "op":
+            keep = self._steps if self._steps < self.timeline_steps else None
+            yield from run_operations(env, planned.graph, seconds, self.record.slices, keep)
+            ends = [env.now]
+        elif most == 1:
+            ends = [start + step_seconds(planned.graph.template, seconds)]
+            yield env.timeout(delay_until(start, ends[0]))
+        else:
+            seconds, ends = self._repeated(planned, seconds, most, start)
+            yield env.timeout(delay_until(start, ends[-1]))
+        self._observe(planned, seconds, start, ends)
+        self.scheduler.finish_step(planned, StepResult(ends[-1], len(ends)))
+        if self.log:
+            self.log.step(planned.plan, start, ends[-1], len(ends))
+        self._collect_ended()
+
+    def _repeated(self, planned: Planned, seconds: list[Any], most: int, start: float) -> tuple[list[Any], list[float]]:
+        """Ends of as many repetitions as start before anything else happens, each with its own KV length."""
+        template = planned.graph.template
+        horizon = self.env.peek()
+        first = step_seconds(template, seconds)
+        if first > 0 and horizon < math.inf:
+            most = min(most, int((horizon - start) / first) + 1)
+        most = min(most, _MOST_AT_ONCE)
+        if most <= 1:
+            return seconds, [start + first]
+        seconds = self._prices(planned, seconds, most)
+        lengths = np.empty(most + 1)
+        lengths[0] = start
+        lengths[1:] = step_seconds(template, seconds)
+        ends = np.add.accumulate(lengths)
+        count = int(np.searchsorted(ends[:-1], horizon, side="left"))
+        count = max(1, min(count, most))
+        return [s[:count] if isinstance(s, np.ndarray) else s for s in seconds], ends[1 : count + 1].tolist()
+
+    def _prices(self, planned: Planned, seconds: list[Any], steps: int) -> list[Any]:
+        """Seconds of each work entry over ``steps`` repetitions: only attention changes, as its KV grows."""
+        cost, graph = self.scheduler.cost, planned.graph
+        prices = list(seconds)
+        for i, (kind, work) in enumerate(zip(graph.template.kinds, graph.works, strict=True)):
+            if kind is not OpKind.GPU_ATTN:
+                continue
+            kv = work.kv_tokens + work.sequences * np.arange(steps)
+            if getattr(cost, "vectorized", False):
+                prices[i] = cost.seconds(kind, work._replace(kv_tokens=kv))
+            else:
+                prices[i] = np.array([cost.seconds(kind, work._replace(kv_tokens=n)) for n in kv.tolist()])
+        return prices
+
+    # -- what the record keeps ----------------------------------------------------------------------------
+
+    def _observe(self, planned: Planned, seconds: list[Any], start: float, ends: list[float]) -> None:
+        """Note a step (or its repetitions) before it is committed."""
+        plan, graph, record = planned.plan, planned.graph, self.record
+        steps = len(ends)
+        self._steps += steps
+        columns = record.columns
+        columns.start_s.append(start)
+        columns.end_s.append(ends[-1])
+        columns.steps.append(steps)
+        columns.mode.append(mode_of(plan))
+        view = self.scheduler.view
+        columns.waiting.append(len(view.waiting))
+        columns.kv_gpu.append(view.pools[Tier.GPU].used)
+        columns.kv_cpu.append(view.pools[Tier.CPU].used)
+        batches = plan.batches
+        columns.prefill_tokens.append(sum([c.length for b in batches for c in b.prefill]))
+        columns.gpu_decodes.append(sum([len(b.gpu_decode) for b in batches]))
+        columns.cpu_decodes.append(sum([len(b.cpu_decode) for b in batches]))
+        columns.stream_decodes.append(sum([len(b.stream_decode) for b in batches]))
+        busy = busy_seconds(graph.template, seconds)
+        for resource, column in (
+            (Resource.GPU, columns.busy_gpu),
+            (Resource.CPU, columns.busy_cpu),
+            (Resource.H2D, columns.busy_h2d),
+            (Resource.D2H, columns.busy_d2h),
+        ):
+            column.append(record.add_busy(resource, busy.get(resource, 0.0), steps))
+        if not graph.template.serial:
+            into, out = bytes_moved(graph)
+            record.bytes_h2d += into
+            record.bytes_d2h += out
+        record.preemptions += len(plan.evict)
+        self._observe_gaps(plan, ends)
+
+    def _observe_gaps(self, plan: StepPlan, ends: list[float]) -> None:
+        values, counts = self.record.itl_values, self.record.itl_counts
+        decodes = 0
+        for batch in plan.batches:
+            members = batch.decodes
+            if members:
+                decodes += len(members)
+                for last, n in Counter(map(_LAST_TOKEN, members)).items():
+                    values.append(ends[0] - last)
+                    counts.append(n)
+        if len(ends) > 1:
+            values.extend([b - a for a, b in zip(ends, ends[1:], strict=False)])
+            counts.extend([decodes] * (len(ends) - 1))
+        for batch in plan.batches:  # a preempted request's next token comes out of a prefill
+            for c in batch.prefill:
+                if c.request.last_token_s is not None and c.length == c.request.remaining_prefill:
+                    values.append(ends[0] - c.request.last_token_s)
+                    counts.append(1)
+
+    def _collect_ended(self) -> None:
+        ended = self.scheduler.ended
+        if ended:
+            self._ended += len(ended)
+            if self.log:
+                for request in ended:
+                    if request.finish_reason is FinishReason.REJECTED:
+                        self.log.end(self.env.now, request.id, FinishReason.REJECTED)
+            ended.clear()
+            if self.progress is not None:
+                self.progress(self._ended)
+
+
+def mode_of(plan: StepPlan) -> Mode:
+    """How a step is run."""
+    if len(plan.batches) == 2:
+        return Mode.PIPELINED
+    batch = plan.batches[0]
+    if batch.cpu_decode:
+        return Mode.CPU_SEQUENTIAL
+    return Mode.STREAMED if batch.stream_decode else Mode.GPU_ONLY
