@@ -1,3 +1,3 @@
-"""neo: LLM serving for GPUs with too little memory, and the laboratory in which its scheduling is designed."""
+"""neo: LLM serving for GPUs with too little memory, and the laboratory for its scheduling."""
 
 __version__ = "0.1.0"

@@ -30,9 +30,21 @@ class BlockPool:
         used: layer-blocks held by requests.
     """
 
-    __slots__ = ("_held", "block_size", "blocks", "layers", "staging_blocks", "staging_layers", "tier", "total", "used")
+    __slots__ = (
+        "_held",
+        "block_size",
+        "blocks",
+        "layers",
+        "staging_blocks",
+        "staging_layers",
+        "tier",
+        "total",
+        "used",
+    )
 
-    def __init__(self, tier: Tier, blocks: int, layers: int, block_size: int, staging_layers: int = 0) -> None:
+    def __init__(
+        self, tier: Tier, blocks: int, layers: int, block_size: int, staging_layers: int = 0
+    ) -> None:
         if blocks < 0 or layers < 1 or block_size < 1 or staging_layers < 0:
             raise InputError(
                 f"{tier} pool: blocks={blocks}, layers={layers}, block_size={block_size}, "
@@ -76,7 +88,9 @@ class BlockPool:
         held = self._held.get(owner, 0)
         count = held if layer_blocks is None else layer_blocks
         if count > held:
-            raise AssertionError(f"{self.tier} pool: {owner} holds {held} layer-blocks, cannot release {count}")
+            raise AssertionError(
+                f"{self.tier} pool: {owner} holds {held} layer-blocks, cannot release {count}"
+            )
         if count == held:
             self._held.pop(owner, None)
         else:

@@ -72,14 +72,20 @@ class Work(NamedTuple):
     """
 
     tokens: int = 0  # rows of the dense work: new tokens of this step
-    sequences: int = 0  # sequences of decode attention; rows that HEAD samples; requests that SCHEDULE handles
+    sequences: int = (
+        0  # sequences of decode attention; rows that HEAD samples; requests that SCHEDULE handles
+    )
     kv_tokens: int = 0  # KV tokens read by decode attention, summed over sequences, the new ones included
     bytes: int = 0  # bytes a copy or ALLREDUCE moves
     chunks: tuple[tuple[int, int], ...] = ()  # prefill chunks (start, length) of GPU_ATTN
-    beside_bytes: int = 0  # copies: bytes going the other way in this layer; CPU_ATTN: bytes of all its copies
+    beside_bytes: int = (
+        0  # copies: bytes going the other way in this layer; CPU_ATTN: bytes of all its copies
+    )
 
 
-NO_BATCH = -1  # the sub-batch of operations that belong to none: planning, embedding, moves ahead of use, HEAD
+NO_BATCH = (
+    -1
+)  # the sub-batch of operations that belong to none: planning, embedding, moves ahead of use, HEAD
 
 
 class Dep(NamedTuple):

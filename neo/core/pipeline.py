@@ -82,6 +82,16 @@ def allreduce_bytes(tokens: int, model: ModelSpec) -> int:
     return 2 * tokens * model.hidden * model.dtype_bytes
 
 
+def send_bytes(rows: int, model: ModelSpec) -> int:
+    """Bytes of q, k and v of ``rows`` decodes, per layer."""
+    return rows * model.head_dim * (model.heads + 2 * model.kv_heads) * model.dtype_bytes
+
+
+def recv_bytes(rows: int, model: ModelSpec) -> int:
+    """Bytes of the attention output of ``rows`` decodes, per layer."""
+    return rows * model.head_dim * model.heads * model.dtype_bytes
+
+
 class _Compiler:
     """Gathers the numbers of a plan; one instance per plan."""
 
@@ -149,7 +159,12 @@ class _Compiler:
     def stream_bytes(self) -> list[int]:
         """Per layer: KV that is streamed in for GPU attention (prefixes of CPU-bound chunks, host layers)."""
         prefix = sum(
-            [c.start * self.model.kv_bytes_per_token_layer for b in self.batches for c in b.prefill if c.dst is Tier.CPU]
+            [
+                c.start * self.model.kv_bytes_per_token_layer
+                for b in self.batches
+                for c in b.prefill
+                if c.dst is Tier.CPU
+            ]
         )
         per_layer = [prefix] * self.model.layers
         for batch in self.batches:
@@ -179,7 +194,9 @@ class _Compiler:
         if kind is OpKind.SWAP_IN:
             return Work(bytes=self.moved_bytes(Tier.GPU, MoveOrder.BEFORE))
         if kind is OpKind.SWAP_OUT:
-            return Work(bytes=self.spill_bytes() if index == 0 else self.moved_bytes(Tier.CPU, MoveOrder.BEFORE))
+            return Work(
+                bytes=self.spill_bytes() if index == 0 else self.moved_bytes(Tier.CPU, MoveOrder.BEFORE)
+            )
         batch = self.batches[index]
         rows = len(batch.cpu_decode)
         if kind is OpKind.GPU_ATTN:
@@ -189,9 +206,9 @@ class _Compiler:
         if kind is OpKind.CPU_ATTN:
             return Work(rows, rows, kv_read(batch.cpu_decode))
         if kind is OpKind.SEND:
-            return Work(rows, rows, bytes=rows * model.head_dim * (model.heads + 2 * model.kv_heads) * model.dtype_bytes)
+            return Work(rows, rows, bytes=send_bytes(rows, model))
         if kind is OpKind.RECV:
-            return Work(rows, rows, bytes=rows * model.head_dim * model.heads * model.dtype_bytes)
+            return Work(rows, rows, bytes=recv_bytes(rows, model))
         if kind is OpKind.ALLREDUCE:
             return Work(batch.tokens, bytes=allreduce_bytes(batch.tokens, model))
         return Work(batch.tokens)  # PRE, POST

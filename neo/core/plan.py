@@ -11,7 +11,9 @@ from neo.core.request import Request, Tier
 class MoveOrder(StrEnum):
     """When a layer's copy runs, relative to that layer's computation."""
 
-    BEFORE = "before"  # layer l's copy ends before layer l's PRE: its source is free for, its target readable by, this step
+    BEFORE = (
+        "before"  # layer l's copy ends before this step uses layer l: its source is free, its target readable
+    )
     AFTER = "after"  # layer l's copy starts after layer l's attention; this step's new token moves along
 
 

@@ -102,7 +102,9 @@ class Scheduler:
         self.ended: list[Request] = []
         self._admitted = 0
         self._in_flight: StepPlan | None = None
-        self._source_blocks: list[tuple[Tier, str, int]] = []  # to be released when the running step's copies end
+        self._source_blocks: list[
+            tuple[Tier, str, int]
+        ] = []  # to be released when the running step's copies end
         self._aborting: dict[str, FinishReason] = {}
         self._all_layers = (1 << model.layers) - 1
 
@@ -159,7 +161,7 @@ class Scheduler:
         return None
 
     def max_steps(self, plan: StepPlan) -> int:
-        """For how many steps the applied plan may run: until a request ends or a pool runs dry; at least 1."""
+        """How many steps the applied plan may run: until a request ends or a pool runs dry; at least 1."""
         if plan.repeat == 0:
             return 1
         decodes = [r for b in plan.batches for r in b.decodes]
@@ -201,7 +203,9 @@ class Scheduler:
             name = type(self.policy).__name__
             raise PolicyError(f"policy {name} raised {type(error).__name__}: {error}") from error
         if not isinstance(plan, StepPlan):
-            raise PolicyError(f"policy {type(self.policy).__name__} returned {type(plan).__name__}, not a StepPlan")
+            raise PolicyError(
+                f"policy {type(self.policy).__name__} returned {type(plan).__name__}, not a StepPlan"
+            )
         return plan
 
     def stalled(self) -> PlanError:
@@ -209,7 +213,7 @@ class Scheduler:
         first = next(iter(self._requests.values()))
         return PlanError(
             "progress",
-            f"the policy is idle, nothing more will arrive, and {len(self._requests)} requests would wait for ever",
+            f"the policy is idle, nothing more will arrive, {len(self._requests)} requests would wait for ever",
             first.id,
         )
 

@@ -87,7 +87,9 @@ class HardwareSpec:
     gpu_count: int = 1
     gpu_link_bandwidth: float = 0.0  # between GPUs, per GPU and direction; 0 where gpu_count is 1
     gpu_link_latency: float = 0.0
-    efficiency: dict[str, float] = field(default_factory=dict)  # per-machine defaults of the roofline's factors
+    efficiency: dict[str, float] = field(
+        default_factory=dict
+    )  # per-machine defaults of the roofline's factors
 
     def __hash__(self) -> int:
         return hash(self.name)

@@ -6,7 +6,7 @@ dependencies decide.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
@@ -58,14 +58,21 @@ class _Builder:
             for op in section.ops:
                 counts[op.work] += section.repeat
         serial = not (
-            self.s.pipelined or self.s.cpu0 or self.s.swap_out or self.s.swap_in or self.s.spill or any(
-                on for _, on in self.s.streams
-            )
+            self.s.pipelined
+            or self.s.cpu0
+            or self.s.swap_out
+            or self.s.swap_in
+            or self.s.spill
+            or any(on for _, on in self.s.streams)
         )
-        template = Template(tuple(s for s in sections if s.repeat), tuple(k[0] for k in keys), tuple(counts), serial)
+        template = Template(
+            tuple(s for s in sections if s.repeat), tuple(k[0] for k in keys), tuple(counts), serial
+        )
         return template, keys
 
-    def op(self, kind: OpKind, batch: int, deps: Iterable[Dep], offset: int | None = 0, variant: int = 0) -> TemplateOp:
+    def op(
+        self, kind: OpKind, batch: int, deps: Iterable[Dep], offset: int | None = 0, variant: int = 0
+    ) -> TemplateOp:
         work = self.keys.setdefault((kind, batch, variant), len(self.keys))
         return TemplateOp(kind, batch, tuple(deps), work, offset)
 
@@ -138,7 +145,7 @@ class _Builder:
             ops.append(self.op(OpKind.ALLREDUCE, batch, (Dep(OpKind.POST, batch),), offset))
         return ops
 
-    def repeated(self, layers: range, ops_of: "LayerOps") -> list[Section]:
+    def repeated(self, layers: range, ops_of: Callable[[int], list[TemplateOp]]) -> list[Section]:
         """Sections for a range of layers, equal neighbours merged."""
         sections = []
         for _, group in groupby(layers, key=lambda layer: self.signature(layer)):
@@ -170,7 +177,11 @@ class _Builder:
             body = self.repeated(layers, layer_ops)
         else:
             body = [Section(tuple(layer_ops(self.s.layers - 1)), self.s.layers, 0)]
-        return [Section(tuple(self.start() + self.ahead(0, 0))), *body, Section(tuple(head), 1, self.s.layers)]
+        return [
+            Section(tuple(self.start() + self.ahead(0, 0))),
+            *body,
+            Section(tuple(head), 1, self.s.layers),
+        ]
 
     def pipelined(self, head: list[TemplateOp]) -> list[Section]:
         s = self.s

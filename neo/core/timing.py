@@ -77,7 +77,7 @@ def _by_resource(template: Template) -> tuple[tuple[Resource, tuple[int, ...]], 
 
 @lru_cache(maxsize=4096)
 def _program(template: Template) -> _Program:
-    """The template with names resolved to indices: state = resource clocks, then one slot per (kind, batch, lag)."""
+    """The template with names resolved to indices: resource clocks first, then a slot per (kind, batch, lag)."""
     depth: dict[tuple[OpKind, int], int] = {}
     for section in template.sections:
         for op in section.ops:

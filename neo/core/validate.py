@@ -19,10 +19,10 @@ RULES: dict[str, str] = {
     "token-budget": "tokens of a step stay within limits.max_batch_tokens",
     "seq-budget": "requests of a step stay within limits.max_seqs",
     "gpu-blocks": "GPU layer-blocks hold at the peak inside the step, moves in flight included",
-    "cpu-blocks": "CPU layer-blocks hold at the peak inside the step; sources of swap-ins free only at its end",
+    "cpu-blocks": "CPU layer-blocks hold at the peak inside the step; swap-ins free theirs at its end",
     "staging": "KV on its way through the staging buffers fits them",
     "moves": "a move concerns KV that exists, on the other tier, once per request and step",
-    "evict": "only requests that hold KV and have no other role are evicted; swapping out needs KV on the GPU",
+    "evict": "only requests with KV and without another role are evicted; swapping out needs KV on the GPU",
     "preemption-bound": "no request is preempted more than limits.max_preemptions times",
     "reject": "only waiting requests are rejected, with a reason",
     "progress": "some request advances in every non-idle step",
@@ -50,7 +50,7 @@ def check(view: SystemView, plan: StepPlan) -> None:
 
 
 def _check_plain(view: SystemView, plan: StepPlan, batch: SubBatch) -> None:
-    """The common case: all GPU decodes, by the view's own tuple, and perhaps prefill. Same rules, less work."""
+    """The common case, all GPU decodes by the view's own tuple and perhaps prefill: same rules, less work."""
     if not batch.gpu_decode and not batch.prefill:
         raise PlanError("batches", "sub-batch 0 is empty")
     if batch.prefill:
@@ -73,7 +73,9 @@ def _check_batches(plan: StepPlan) -> None:
     if len(plan.batches) == 2:
         second = plan.batches[1]
         if second.prefill or second.gpu_decode or second.stream_decode:
-            raise PlanError("batches", "sub-batch 1 may hold only CPU decodes: GPU attention runs for sub-batch 0 alone")
+            raise PlanError(
+                "batches", "sub-batch 1 may hold only CPU decodes: GPU attention runs for sub-batch 0 alone"
+            )
     if not plan.batches and not plan.reject and not plan.idle:
         raise PlanError("progress", "the step moves or evicts KV but advances no request")
 
@@ -104,7 +106,9 @@ def _check_roles(view: SystemView, plan: StepPlan) -> None:
     _check_unique(actors + others)
     for x in plan.reject:
         if x.request.state is not State.WAITING:
-            raise PlanError("reject", f"it is in {x.request.state.name}, only waiting requests are rejected", x.request.id)
+            raise PlanError(
+                "reject", f"it is in {x.request.state.name}, only waiting requests are rejected", x.request.id
+            )
         if not x.reason:
             raise PlanError("reject", "no reason given", x.request.id)
 
@@ -140,11 +144,15 @@ def _check_moves(view: SystemView, plan: StepPlan) -> dict[str, int]:
             raise PlanError("moves", "it has no KV", r.id)
         elsewhere = r.host_layers & mask if m.dst is Tier.CPU else ~r.host_layers & mask
         if elsewhere:
-            raise PlanError("moves", f"{elsewhere.bit_count()} of layers {start}..{stop} are on the {m.dst} already", r.id)
+            raise PlanError(
+                "moves", f"{elsewhere.bit_count()} of layers {start}..{stop} are on the {m.dst} already", r.id
+            )
         if m.order is MoveOrder.BEFORE:
             moved[r.id] = r.host_layers | mask if m.dst is Tier.CPU else r.host_layers & ~mask
         elif m.dst is Tier.GPU or r.id not in on_gpu:
-            raise PlanError("moves", "only KV of a request that decodes on the GPU in this step can leave behind it", r.id)
+            raise PlanError(
+                "moves", "only KV of a request that decodes on the GPU in this step can leave behind it", r.id
+            )
     return moved
 
 
@@ -161,7 +169,11 @@ def _check_residency(view: SystemView, batch: SubBatch, moved: dict[str, int]) -
                 raise PlanError("state", f"a decode role for a request in {r.state.name}", r.id)
             at_use = moved.get(r.id, r.host_layers) if moved else r.host_layers
             if at_use != mask:
-                raise PlanError("residency", f"{what}, but {at_use.bit_count()} of {view.model.layers} layers are on the CPU", r.id)
+                raise PlanError(
+                    "residency",
+                    f"{what}, but {at_use.bit_count()} of {view.model.layers} layers are on the CPU",
+                    r.id,
+                )
     for r in batch.stream_decode:
         if r.state is not State.DECODE:
             raise PlanError("state", f"a decode role for a request in {r.state.name}", r.id)
@@ -170,13 +182,17 @@ def _check_residency(view: SystemView, batch: SubBatch, moved: dict[str, int]) -
     for c in batch.prefill:
         mask = everything if c.dst is Tier.CPU else 0
         if c.start and moved.get(c.request.id, c.request.host_layers) != mask:
-            raise PlanError("residency", f"a chunk for the {c.dst}, but what is computed is elsewhere", c.request.id)
+            raise PlanError(
+                "residency", f"a chunk for the {c.dst}, but what is computed is elsewhere", c.request.id
+            )
 
 
 def _check_budgets(view: SystemView, plan: StepPlan) -> None:
     tokens = sum([b.tokens for b in plan.batches])
     if tokens > view.limits.max_batch_tokens:
-        raise PlanError("token-budget", f"{tokens} tokens, max_batch_tokens is {view.limits.max_batch_tokens}")
+        raise PlanError(
+            "token-budget", f"{tokens} tokens, max_batch_tokens is {view.limits.max_batch_tokens}"
+        )
     sequences = sum([b.sequences for b in plan.batches])
     if sequences > view.limits.max_seqs:
         raise PlanError("seq-budget", f"{sequences} requests, max_seqs is {view.limits.max_seqs}")
@@ -228,7 +244,9 @@ def _check_blocks(view: SystemView, plan: StepPlan, moved: dict[str, int]) -> No
     arriving, leaving, dropped = _moving_blocks(view, plan)
     room = gpu.free + dropped[Tier.GPU]
     if arriving[Tier.GPU] > room:
-        raise PlanError("gpu-blocks", f"moves bring {arriving[Tier.GPU]} layer-blocks, {room} of {gpu.total} are free")
+        raise PlanError(
+            "gpu-blocks", f"moves bring {arriving[Tier.GPU]} layer-blocks, {room} of {gpu.total} are free"
+        )
     if need[Tier.GPU] + arriving[Tier.GPU] > room + leaving:
         raise PlanError(
             "gpu-blocks",
@@ -239,7 +257,8 @@ def _check_blocks(view: SystemView, plan: StepPlan, moved: dict[str, int]) -> No
     if need[Tier.CPU] + arriving[Tier.CPU] > room:
         raise PlanError(
             "cpu-blocks",
-            f"{need[Tier.CPU]} layer-blocks of new KV and {arriving[Tier.CPU]} moved in, {room} of {cpu.total} are free",
+            f"{need[Tier.CPU]} layer-blocks of new KV and {arriving[Tier.CPU]} moved in, "
+            f"{room} of {cpu.total} are free",
         )
 
 

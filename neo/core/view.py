@@ -105,6 +105,6 @@ class SystemView:
             return None
         names = " or ".join(tiers)
         return (
-            f"needs {need} KV blocks for {request.prompt_tokens} prompt + {request.max_tokens} output tokens, "
+            f"{need} KV blocks for {request.prompt_tokens} prompt and {request.max_tokens} output tokens, "
             f"but the {names} pool has {have} ({have * self.limits.block_size} tokens)"
         )

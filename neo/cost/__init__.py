@@ -1,0 +1,1 @@
+"""What operations cost: hardware and model presets, the cost models, and the memory left for KV."""

@@ -1,0 +1,1 @@
+"""Scheduling policies, one file each. ``neo.policy.registry`` finds them by name."""

@@ -15,7 +15,7 @@ FOREVER = 1 << 40  # steps
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class GpuOnlyOptions:
     """Options of ``gpu-only``."""
 
     prefill: Literal["chunked", "whole"] = field(
@@ -25,7 +25,8 @@ class Options:
         default=2048, metadata={"help": "tokens of a chunked step, at most max_batch_tokens (vLLM V1: 2048)"}
     )
     watermark: float = field(
-        default=0.01, metadata={"help": "share of GPU blocks kept free when a request is admitted (vLLM: 0.01)"}
+        default=0.01,
+        metadata={"help": "share of GPU blocks kept free when a request is admitted (vLLM: 0.01)"},
     )
 
 
@@ -37,10 +38,10 @@ class GpuOnly:
     is recomputed in chunks.
     """
 
-    Options = Options
+    Options = GpuOnlyOptions
 
-    def __init__(self, options: Options | None = None) -> None:
-        self.options = options or Options()
+    def __init__(self, options: GpuOnlyOptions | None = None) -> None:
+        self.options = options or GpuOnlyOptions()
 
     def plan(self, view: SystemView, cost: CostModel) -> StepPlan:
         """Decide the next step."""
@@ -63,14 +64,18 @@ class GpuOnly:
                 return StepPlan(reject=reject, why="nothing runs")
             repeat = 0 if reject else FOREVER
             return StepPlan((SubBatch(gpu_decode=decodes),), reject=reject, why="decode", repeat=repeat)
-        return StepPlan((SubBatch(tuple(chunks), decodes),), reject=reject, why="mixed" if decodes else "prefill")
+        return StepPlan(
+            (SubBatch(tuple(chunks), decodes),), reject=reject, why="mixed" if decodes else "prefill"
+        )
 
     def step_tokens(self, view: SystemView) -> int:
         """Token budget of a step."""
         most = view.limits.max_batch_tokens
         return most if self.options.prefill == "whole" else min(self.options.token_budget, most)
 
-    def _admit(self, view: SystemView, chunks: list[PrefillChunk], need: int, budget: int) -> tuple[Reject, ...]:
+    def _admit(
+        self, view: SystemView, chunks: list[PrefillChunk], need: int, budget: int
+    ) -> tuple[Reject, ...]:
         """Append chunks of waiting requests while tokens, sequences and blocks last; returns rejections."""
         pool = view.pools[Tier.GPU]
         reject: list[Reject] = []
@@ -106,7 +111,9 @@ class GpuOnly:
             return f"prompt of {request.prompt_tokens} tokens, a step takes max_batch_tokens = {most}"
         return view.never_fits(request)
 
-    def _preempt(self, view: SystemView, decodes: list[Request], chunks: list[PrefillChunk], need: int) -> StepPlan:
+    def _preempt(
+        self, view: SystemView, decodes: list[Request], chunks: list[PrefillChunk], need: int
+    ) -> StepPlan:
         """Evict the newest requests until the others' new KV fits."""
         pool = view.pools[Tier.GPU]
         free = pool.free

@@ -1,0 +1,1 @@
+"""The discrete-event simulator: the Scheduler on a virtual clock."""

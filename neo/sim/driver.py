@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -166,7 +167,9 @@ class Simulation:
             self.log.step(planned.plan, start, ends[-1], len(ends))
         self._collect_ended()
 
-    def _repeated(self, planned: Planned, seconds: list[Any], most: int, start: float) -> tuple[list[Any], list[float]]:
+    def _repeated(
+        self, planned: Planned, seconds: list[Any], most: int, start: float
+    ) -> tuple[list[Any], list[float]]:
         """Ends of as many repetitions as start before anything else happens, each with its own KV length."""
         template = planned.graph.template
         horizon = self.env.peek()
@@ -192,7 +195,7 @@ class Simulation:
         for i, (kind, work) in enumerate(zip(graph.template.kinds, graph.works, strict=True)):
             if kind is not OpKind.GPU_ATTN:
                 continue
-            kv = work.kv_tokens + work.sequences * np.arange(steps)
+            kv: Any = work.kv_tokens + work.sequences * np.arange(steps)
             if getattr(cost, "vectorized", False):
                 prices[i] = cost.seconds(kind, work._replace(kv_tokens=kv))
             else:
@@ -246,7 +249,7 @@ class Simulation:
                     values.append(ends[0] - last)
                     counts.append(n)
         if len(ends) > 1:
-            values.extend([b - a for a, b in zip(ends, ends[1:], strict=False)])
+            values.extend([b - a for a, b in pairwise(ends)])
             counts.extend([decodes] * (len(ends) - 1))
         for batch in plan.batches:  # a preempted request's next token comes out of a prefill
             for c in batch.prefill:

@@ -37,6 +37,5 @@ def run_operations(
         if step is not None:
             slices.append(Slice(step, op.resource, op.kind, op.layer, op.batch, start, env.now))
 
-    for op in graph.expand():
-        done.append(env.process(run(op)))
+    done.extend(env.process(run(op)) for op in graph.expand())
     yield simpy.AllOf(env, done)

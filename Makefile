@@ -1,0 +1,48 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+OUT ?= out/demo
+STAMP = $(VENV)/.installed
+LINT_STAMP = $(VENV)/.installed-dev
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    install into $(VENV), simulate two policies, write results and plots to $(OUT)"
+	@echo "make test    install, lint, type-check and run all tests"
+	@echo "make bench   measure the simulator's speed and memory"
+	@echo "make format  format the code"
+
+# pip 25.1 is the first that installs dependency groups (PEP 735).
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots]"
+	@touch $@
+
+$(LINT_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/neo simulate --policy gpu-only --policy neo --hardware g5.16xlarge --model llama-3.1-8b \
+	  --prompt-lengths around:1000:0.1 --output-lengths around:200:0.1 --requests 600 --out $(OUT)
+
+lint: $(LINT_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/simulator_speed.py
+
+format: $(LINT_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,59 @@
+"""The command line: ``neo simulate | trace | policies | hardware | models``."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from neo import __version__
+from neo.cli import listings, simulate, trace
+from neo.core.errors import NeoError
+
+app = typer.Typer(
+    name="neo",
+    help="LLM serving for GPUs with too little memory, and the laboratory for its scheduling.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("simulate")(simulate.simulate)
+app.command("policies")(listings.policies)
+app.command("hardware")(listings.hardware)
+app.command("models")(listings.models)
+app.add_typer(trace.app, name="trace")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"neo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: errors meant for people become one line and exit code 2."""
+    try:
+        app()
+    except NeoError as error:
+        sys.exit(fail(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def fail(error: NeoError) -> int:
+    """Print an error in one line; the exit code for it."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,120 @@
+"""Finding a cost model by what the user wrote: a built-in name, a registered one, or a file of their own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from neo.core.errors import InputError, NeoError
+from neo.core.plugins import close_matches, load_object
+from neo.core.specs import HardwareSpec, ModelSpec
+from neo.cost.interface import CostModel
+
+ENTRY_POINTS = "neo.cost_models"
+BUILT_IN = ("profiled", "roofline")
+
+
+def cost_model_names() -> list[str]:
+    """Built-in and registered names, for help texts and messages."""
+    return sorted({*BUILT_IN, *_registered()})
+
+
+def load_cost_model(
+    spec: str, model: ModelSpec, hardware: HardwareSpec, options: Mapping[str, Any] | None = None
+) -> CostModel:
+    """The cost model that ``spec`` names.
+
+    Args:
+        spec: ``roofline``, ``profiled:TABLE.json``, a name registered under the entry points
+            ``neo.cost_models``, or ``path/to/file.py:Class`` (``package.module:Class`` works too); a class is
+            constructed with ``(model, hardware, **options)``.
+        model: what runs.
+        hardware: where it runs.
+        options: keyword options of the cost model, as text (``--cost-opt key=value``).
+
+    Raises:
+        InputError: one line: what was wrong and where.
+    """
+    options = dict(options or {})
+    name, _, rest = spec.partition(":")
+    if name == "roofline" and not rest:
+        from neo.cost.roofline import Roofline
+
+        return Roofline(model, hardware, **options)
+    if name == "profiled":
+        return _profiled(rest, model, options)
+    if ":" in spec or spec.endswith(".py"):
+        return _construct(load_object(spec, "cost model"), spec, model, hardware, options)
+    registered = _registered()
+    if spec in registered:
+        try:
+            loaded = registered[spec].load()
+        except Exception as error:
+            text = " ".join(str(error).split())
+            raise InputError(
+                f"cost model '{spec}' ({registered[spec].value}): {type(error).__name__}: {text}"
+            ) from error
+        return _construct(loaded, spec, model, hardware, options)
+    known = cost_model_names()
+    raise InputError(
+        f"unknown cost model '{spec}'{close_matches(spec, known)} "
+        f"(known: {', '.join(known)}; or path/to/file.py:Class)"
+    )
+
+
+def _registered() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+
+
+def _profiled(path: str, model: ModelSpec, options: dict[str, Any]) -> CostModel:
+    if not path:
+        raise InputError("cost model 'profiled' needs a table: profiled:PATH.json")
+    if options:
+        raise InputError(f"cost model 'profiled' takes no options, got {', '.join(sorted(options))}")
+    from neo.cost.profiled import Profiled
+
+    return Profiled.load(path, model)
+
+
+def _construct(
+    factory: Any, spec: str, model: ModelSpec, hardware: HardwareSpec, options: dict[str, Any]
+) -> CostModel:
+    """Call what was loaded: its options must fit the signature, its result the interface."""
+    if not callable(factory):
+        raise InputError(f"cost model '{spec}': {type(factory).__name__} is not a class or function")
+    _check_options(factory, spec, options)
+    try:
+        made = factory(model, hardware, **options)
+    except NeoError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise InputError(
+            f"cost model '{spec}': constructing it failed: {type(error).__name__}: {text}"
+        ) from error
+    if not isinstance(made, CostModel):
+        missing = [m for m in ("seconds", "describe") if not callable(getattr(made, m, None))]
+        raise InputError(
+            f"cost model '{spec}': {type(made).__name__} lacks {' and '.join(f'{m}()' for m in missing)}"
+        )
+    return made
+
+
+def _check_options(factory: Any, spec: str, options: dict[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    known = [n for i, n in enumerate(named) if n in keyword_only or i >= 2]  # after (model, hardware)
+    for option in options:
+        if option not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes no options"
+            raise InputError(
+                f"cost model '{spec}': unknown option '{option}'{close_matches(option, known)} ({takes})"
+            )

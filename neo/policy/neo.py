@@ -1,0 +1,421 @@
+"""``neo``: partial offload, asymmetric pipelining, load-aware scheduling (NEO, MLSys 2025, section 3.2).
+
+Each step, the six steps of the paper:
+
+1. two empty sub-batches;
+2. every GPU-resident decode into sub-batch 0; swap out (newest first) until the GPU holds all new KV, or
+   swap in (oldest first) if there is room; never both;
+3. prefills, first come first served, into sub-batch 0; their KV stays on the GPU if it fits, else goes to
+   the CPU, and so does that of all behind it;
+4. CPU-resident decodes: each into the sub-batch with more CPU slack, while the CPU stays hidden;
+5. CPU-bound prefills out of sub-batch 0 again while the CPU stays hidden, newest first;
+6. the GPU-only alternative (sub-batch 0 without CPU decodes) if its estimated tokens per second are higher.
+
+Where nothing lives on the CPU and the GPU has room for all that comes, the plan is that of ``gpu-only``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from neo.core.blocks import blocks_for
+from neo.core.plan import Evict, KVMove, PrefillChunk, Reject, StepPlan, SubBatch
+from neo.core.request import Request, Tier
+from neo.core.validate import decode_growth
+from neo.core.view import SystemView
+from neo.cost.interface import CostModel
+from neo.policy.estimate import StageTimes
+from neo.policy.gpu_only import GpuOnly, GpuOnlyOptions
+
+
+@dataclass(frozen=True, slots=True)
+class NeoOptions:
+    """Options of ``neo``; those marked [artifact] are choices of the published code, not of the paper."""
+
+    prefill: Literal["chunked", "whole"] = field(
+        default="chunked", metadata={"help": "chunked, or whole prompts as published"}
+    )
+    token_budget: int = field(
+        default=2048, metadata={"help": "tokens of prefill and GPU decodes in a chunked step"}
+    )
+    watermark: float = field(
+        default=0.01,
+        metadata={"help": "share of a tier's blocks kept free for growth when a request is admitted"},
+    )
+    swap_in_limit: float = field(
+        default=0.95, metadata={"help": "swap in only up to this share of the GPU blocks [artifact]"}
+    )
+    min_linear_tokens: int = field(
+        default=128,
+        metadata={"help": "drop no CPU-bound prefill below this many tokens in sub-batch 0 [artifact]"},
+    )
+    skip_longer: bool = field(
+        default=True, metadata={"help": "once a CPU decode is skipped, skip all at least as long [artifact]"}
+    )
+    cpu_launch_s: float = field(
+        default=0.0,
+        metadata={"help": "constant added to the estimated CPU time per layer [artifact: 0.0008]"},
+    )
+    patience_s: float = field(
+        default=10.0,
+        metadata={
+            "help": "the oldest CPU request runs, hidden or not, once it has waited this long for a token"
+        },
+    )
+
+
+class Neo:
+    """See the module's description."""
+
+    staging_layers = 1
+    Options = NeoOptions
+
+    def __init__(self, options: NeoOptions | None = None) -> None:
+        self.options = options or NeoOptions()
+        o = self.options
+        self._gpu_only = GpuOnly(GpuOnlyOptions(o.prefill, o.token_budget, o.watermark))
+        self._times: StageTimes | None = None
+
+    def plan(self, view: SystemView, cost: CostModel) -> StepPlan:
+        """Decide the next step."""
+        if self._times is None or not self._times.fits(cost):
+            self._times = StageTimes(cost, view.model, self.options.cpu_launch_s)
+        if not view.cpu_decodes and not any(r.tier is Tier.CPU for r in view.prefilling):
+            plan = self._gpu_only.plan(view, cost)
+            if not plan.evict and (not view.waiting or self._admits_all(view, plan)):
+                return plan
+        draft = _Draft(view, self._times, self.options)
+        draft.place_gpu_decodes()
+        draft.place_prefills()
+        draft.place_cpu_decodes()
+        draft.drop_prefills()
+        return draft.choose()
+
+    @staticmethod
+    def _admits_all(view: SystemView, plan: StepPlan) -> bool:
+        """Whether it is not memory that keeps requests waiting: all are served, or the budget is full."""
+        chunks = [c for b in plan.batches for c in b.prefill]
+        admitted = sum([c.request.computed == 0 for c in chunks])
+        return admitted + len(plan.reject) == len(view.waiting) or bool(
+            chunks and chunks[-1].length < chunks[-1].request.remaining_prefill
+        )
+
+
+class _Draft:
+    """The two sub-batches of one step in the making."""
+
+    def __init__(self, view: SystemView, times: StageTimes, options: NeoOptions) -> None:
+        self.view = view
+        self.times = times
+        self.options = options
+        self.gpu, self.cpu = view.pools[Tier.GPU], view.pools[Tier.CPU]
+        self.layers = view.model.layers
+        self.gpu_decodes: tuple[Request, ...] = view.gpu_decodes
+        self.moves: list[KVMove] = []
+        self.evict: list[Evict] = []
+        self.reject: list[Reject] = []
+        self.chunks: list[PrefillChunk] = []
+        self.cpu_decodes: tuple[list[Request], list[Request]] = ([], [])
+        self.cpu_kv = [0, 0]
+        self.cpu_candidates: list[Request] = list(view.cpu_decodes)
+        self.gpu_free = self.gpu.free
+        # What CPU-bound prefills under way still need is theirs.
+        under_way = [r for r in view.prefilling if r.tier is Tier.CPU]
+        self.cpu_free = self.cpu.free - sum([view.growth(r, r.remaining_prefill) for r in under_way])
+        self.attention_s = 0.0
+        self.forced = self._starving()
+
+    # -- step 2 -------------------------------------------------------------------------------------------
+
+    def place_gpu_decodes(self) -> None:
+        """GPU decodes into sub-batch 0; swap out what no longer fits, or swap in what does."""
+        under_way = [r for r in self.view.prefilling if r.tier is Tier.GPU]
+        need = decode_growth(self.view, self.gpu_decodes) * self.layers
+        need += sum([self.view.growth(r, r.remaining_prefill) for r in under_way])
+        if need > self.gpu_free:
+            self._make_room(need, under_way)
+        else:
+            self.gpu_free -= need
+            self._swap_in()
+
+    def _make_room(self, need: int, under_way: list[Request]) -> None:
+        """Newest decodes leave for the CPU; where that is full too, they (then prefills) are preempted."""
+        stay = list(self.gpu_decodes)
+        while need > self.gpu_free and len(stay) + len(under_way) > 1:
+            if not stay:
+                victim = under_way.pop()
+                self.evict.append(Evict(victim))
+                need -= self.view.growth(victim, victim.remaining_prefill)
+                self.gpu_free += self.gpu.held(victim.id)
+                continue
+            victim = stay.pop()
+            blocks = self.gpu.held(victim.id)
+            growth = self.view.growth(victim)
+            if blocks + growth <= self.cpu_free:
+                self.moves.append(KVMove(victim, Tier.CPU))
+                self.cpu_free -= blocks
+                self.cpu_candidates.append(victim)
+            else:
+                self.evict.append(Evict(victim))
+            self.gpu_free += blocks
+            need -= growth
+        self.cpu_candidates.sort(key=lambda r: r.sequence)
+        self.gpu_decodes = tuple(stay)
+        self.gpu_free -= need
+
+    def _swap_in(self) -> None:
+        room = self.gpu_free - int((1.0 - self.options.swap_in_limit) * self.gpu.total)
+        slots = self.view.limits.max_seqs - len(self.gpu_decodes)
+        moved: list[Request] = []
+        for r in self.cpu_candidates:
+            if len(moved) == slots:
+                break
+            blocks = self.view.layer_blocks(r.computed + 1)
+            if blocks > room:
+                if self.view.never_fits(r):
+                    continue  # it lives on the CPU for good, and holds up nobody
+                break
+            room -= blocks
+            self.gpu_free -= blocks
+            moved.append(r)
+        if moved:
+            self.moves += [KVMove(r, Tier.GPU) for r in moved]
+            self.gpu_decodes += tuple(moved)
+            gone = {r.id for r in moved}
+            self.cpu_candidates = [r for r in self.cpu_candidates if r.id not in gone]
+
+    # -- step 3 -------------------------------------------------------------------------------------------
+
+    def place_prefills(self) -> None:
+        """Prefills under way, then waiting ones, into sub-batch 0."""
+        view = self.view
+        budget = self._prefill_budget()
+        slots = view.limits.max_seqs - len(self.gpu_decodes)
+        staging = self.gpu.staging_blocks
+        gone = {e.request.id for e in self.evict}
+        size = view.limits.block_size
+        for r in view.prefilling:
+            if r.id in gone:
+                continue
+            length = min(r.remaining_prefill, budget)
+            if r.tier is Tier.CPU:
+                staged = blocks_for(r.computed + length, size)
+                if staged > staging:
+                    continue
+                staging -= staged
+            if length <= 0:
+                break
+            self.chunks.append(PrefillChunk(r, r.computed, length, r.tier or Tier.GPU))
+            budget -= length
+            slots -= 1
+        if not self.evict:
+            self._admit(budget, slots, staging)
+
+    def _prefill_budget(self) -> int:
+        limits = self.view.limits
+        decodes = len(self.gpu_decodes)
+        room = limits.max_batch_tokens - decodes - min(len(self.cpu_candidates), limits.max_batch_tokens // 2)
+        if self.options.prefill == "whole":
+            return room
+        return max(1, min(room, self.options.token_budget - decodes))
+
+    def _admit(self, budget: int, slots: int, staging: int) -> None:
+        view, size = self.view, self.view.limits.block_size
+        to_cpu = False
+        watermark = int(self.gpu.total * self.options.watermark)
+        cpu_watermark = int(self.cpu.total * self.options.watermark)
+        for r in view.waiting:
+            if budget <= 0 or slots <= 0:
+                break
+            if reason := self._unservable(r):
+                self.reject.append(Reject(r, reason))
+                continue
+            known = r.remaining_prefill
+            whole = self.options.prefill == "whole" and known > budget
+            if whole and (known <= view.limits.max_batch_tokens or self.chunks):
+                break
+            length = min(known, budget)
+            blocks = view.layer_blocks(known)
+            spare = watermark if self.chunks or self.gpu_decodes else 0
+            fits_gpu = blocks <= self.gpu_free - spare and view.never_fits(r) is None
+            if fits_gpu and not to_cpu:
+                self.gpu_free -= blocks
+                dst = Tier.GPU
+            else:
+                to_cpu = True
+                staged = blocks_for(length, size)
+                spare = cpu_watermark if self.cpu_candidates or self.chunks else 0
+                if blocks > self.cpu_free - spare or staged > staging or view.never_fits(r, (Tier.CPU,)):
+                    break
+                staging -= staged
+                self.cpu_free -= blocks
+                dst = Tier.CPU
+            self.chunks.append(PrefillChunk(r, 0, length, dst))
+            budget -= length
+            slots -= 1
+
+    def _starving(self) -> bool:
+        if not self.cpu_candidates:
+            return False
+        last = self.cpu_candidates[0].last_token_s
+        return last is not None and self.view.now - last > self.options.patience_s
+
+    def _unservable(self, request: Request) -> str | None:
+        most = self.view.limits.max_batch_tokens
+        if self.options.prefill == "whole" and request.prompt_tokens > most:
+            return f"prompt of {request.prompt_tokens} tokens, a step takes max_batch_tokens = {most}"
+        return self.view.never_fits(request, (Tier.GPU, Tier.CPU))
+
+    # -- step 4 -------------------------------------------------------------------------------------------
+
+    def place_cpu_decodes(self) -> None:
+        """CPU decodes, oldest first, each into the sub-batch with more slack while the CPU stays hidden."""
+        times, view = self.times, self.view
+        self._time_attention()
+        chunk_tokens = sum([c.length for c in self.chunks])
+        tokens = [len(self.gpu_decodes) + chunk_tokens, 0]
+        limits = view.limits
+        slots = min(
+            limits.max_seqs - len(self.gpu_decodes) - len(self.chunks), limits.max_batch_tokens - tokens[0]
+        )
+        linear0, linear1, attention = times.linear(tokens[0]), 0.0, self.attention_s
+        cpu0 = cpu1 = 0.0
+        counts, kv = [0, 0], self.cpu_kv
+        shortest_skipped = 1 << 62
+        for r in tuple(self.cpu_candidates):
+            if slots <= 0 or r.sequence > self.cpu_candidates[-1].sequence:
+                break
+            length = r.computed + 1
+            if length >= shortest_skipped:
+                continue
+            growth = self.layers if r.computed % limits.block_size == 0 else 0
+            if growth > self.cpu_free and not self._free_cpu_blocks(r):
+                continue
+            if self.forced and not (counts[0] or counts[1]):
+                which, cpu1, linear1 = 1, times.cpu_stage(1, length), times.linear(1)
+            elif linear0 - cpu1 >= linear1 + attention - cpu0:
+                after = times.cpu_stage(counts[1] + 1, kv[1] + length)
+                if after <= linear0 and cpu0 <= times.linear(tokens[1] + 1) + attention:
+                    which, cpu1 = 1, after
+                    linear1 = times.linear(tokens[1] + 1)
+                else:
+                    which = -1
+            else:
+                after = times.cpu_stage(counts[0] + 1, kv[0] + length)
+                if after <= linear1 + attention and cpu1 <= times.linear(tokens[0] + 1):
+                    which, cpu0 = 0, after
+                    linear0 = times.linear(tokens[0] + 1)
+                else:
+                    which = -1
+            if which < 0:
+                if self.options.skip_longer:
+                    shortest_skipped = length
+                continue
+            self.cpu_decodes[which].append(r)
+            tokens[which] += 1
+            counts[which] += 1
+            kv[which] += length
+            self.cpu_free -= growth
+            slots -= 1
+
+    def _free_cpu_blocks(self, request: Request) -> bool:
+        """Host memory is full: preempt the newest CPU request so that an older one can grow."""
+        victim = self.cpu_candidates[-1]
+        if victim is request or any(m.request is victim for m in self.moves):
+            return False
+        self.cpu_candidates.pop()
+        self.evict.append(Evict(victim))
+        self.cpu_free += self.cpu.held(victim.id)
+        return True
+
+    def _time_attention(self) -> None:
+        chunks = tuple([(c.start, c.length) for c in self.chunks])
+        kv = sum([r.computed for r in self.gpu_decodes]) + len(self.gpu_decodes)
+        self.attention_s = self.times.gpu_attention(chunks, len(self.gpu_decodes), kv)
+
+    # -- step 5 -------------------------------------------------------------------------------------------
+
+    def drop_prefills(self) -> None:
+        """CPU-bound prefills leave again, newest first, while the CPU stays hidden."""
+        times = self.times
+        first, second = self.cpu_decodes
+        cpu0 = times.cpu_stage(len(first), self.cpu_kv[0])
+        cpu1 = times.cpu_stage(len(second), self.cpu_kv[1])
+        linear1 = times.linear(len(second))
+        tokens = self._tokens0()
+        while self.chunks and self.chunks[-1].dst is Tier.CPU:
+            chunk = self.chunks[-1]
+            if tokens - chunk.length < self.options.min_linear_tokens or cpu1 > times.linear(
+                tokens - chunk.length
+            ):
+                break
+            self.chunks.pop()
+            attention = self.attention_s
+            self._time_attention()
+            if cpu0 > linear1 + self.attention_s:
+                self.chunks.append(chunk)
+                self.attention_s = attention
+                break
+            tokens -= chunk.length
+
+    def _tokens0(self) -> int:
+        return len(self.gpu_decodes) + sum([c.length for c in self.chunks]) + len(self.cpu_decodes[0])
+
+    # -- step 6 -------------------------------------------------------------------------------------------
+
+    def choose(self) -> StepPlan:
+        """The pipelined step, or the GPU-only one if that is estimated to be faster."""
+        first, second = self.cpu_decodes
+        chunks, decodes = tuple(self.chunks), self.gpu_decodes
+        gpu_only = SubBatch(chunks, decodes)
+        if not gpu_only.sequences:
+            return self._without_gpu_work()
+        if not (first or second):
+            return self._plan((gpu_only,), "gpu-only")
+        rate, alone = self.rates()
+        if alone >= rate and not self.forced:
+            return self._plan((gpu_only,), f"gpu-only: {alone:.0f} >= {rate:.0f} tokens/s pipelined")
+        batches: tuple[SubBatch, ...] = (SubBatch(chunks, decodes, tuple(first)),)
+        if second:
+            batches += (SubBatch(cpu_decode=tuple(second)),)
+        return self._plan(batches, f"pipelined: {rate:.0f} > {alone:.0f} tokens/s gpu-only")
+
+    def rates(self) -> tuple[float, float]:
+        """Estimated tokens/s with the CPU decodes, and without."""
+        times, (first, second) = self.times, self.cpu_decodes
+        own = len(self.gpu_decodes) + sum([c.length for c in self.chunks])
+        rows = len(self.gpu_decodes) + len(self.chunks)
+        cpu0 = times.cpu_stage(len(first), self.cpu_kv[0])
+        cpu1 = times.cpu_stage(len(second), self.cpu_kv[1])
+        linear0 = times.linear(own + len(first))
+        extra = len(first) + len(second)
+        if second:
+            layer = max(linear0, cpu1) + max(times.linear(len(second)) + self.attention_s, cpu0)
+        else:
+            layer = linear0 + max(self.attention_s, cpu0)
+        pipelined = self.layers * layer + times.around(own + extra, rows + extra, rows + extra)
+        alone = self.layers * (times.linear(own) + self.attention_s) + times.around(own, rows, rows)
+        return (own + extra) / pipelined, own / alone
+
+    def _without_gpu_work(self) -> StepPlan:
+        """Nothing for the GPU to hide the CPU behind: run CPU decodes in one batch, or free their memory."""
+        runnable: list[Request] = []
+        for r in self.cpu_candidates[: self.view.limits.max_seqs]:
+            growth = self.view.growth(r)
+            if growth <= self.cpu_free:
+                self.cpu_free -= growth
+                runnable.append(r)
+        while self.cpu_candidates and not runnable:
+            victim = self.cpu_candidates.pop()
+            self.evict.append(Evict(victim))
+            self.cpu_free += self.cpu.held(victim.id)
+            runnable = [r for r in self.cpu_candidates[:1] if self.view.growth(r) <= self.cpu_free]
+        if runnable:
+            return self._plan((SubBatch(cpu_decode=tuple(runnable)),), "CPU decodes alone")
+        return self._plan((), "nothing to run")
+
+    def _plan(self, batches: tuple[SubBatch, ...], why: str) -> StepPlan:
+        if not batches and not self.reject:
+            return StepPlan(why=why)
+        return StepPlan(batches, tuple(self.moves), tuple(self.evict), tuple(self.reject), why)
