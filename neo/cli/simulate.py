@@ -67,7 +67,7 @@ def simulate(
         _opt(
             _WORKLOAD,
             "--prompt-lengths",
-            help="Synthetic prompts: fixed:N, uniform:LO:HI, around:MEAN:0.1, lognormal:MEAN:SIGMA, azure-code.",
+            help="Synthetic prompts: fixed:N, uniform:LO:HI, around:MEAN:0.1, lognormal:MEAN:SD, azure-code.",
         ),
     ] = None,
     output_lengths: Annotated[
@@ -84,7 +84,7 @@ def simulate(
         _opt(
             _WORKLOAD,
             "--arrivals",
-            help="Arrival process [default: as recorded; without times: poisson with --rate, else all at once].",
+            help="Arrivals [default: as recorded; without times: poisson with --rate, else all at once].",
         ),
     ] = None,
     rate: Annotated[float | None, _opt(_WORKLOAD, "--rate", help="Mean requests/s.")] = None,

@@ -20,10 +20,11 @@ attention that reads it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import groupby
 
 from neo.core.blocks import blocks_for
-from neo.core.graph import OpKind, StepGraph, Work
+from neo.core.graph import OpKind, StepGraph, Template, Work
 from neo.core.plan import EvictMode, KVMove, MoveOrder, StepPlan, SubBatch
 from neo.core.request import Request, Tier
 from neo.core.specs import ModelSpec
@@ -63,18 +64,26 @@ def _compile_gpu_only(batch: SubBatch, model: ModelSpec) -> StepGraph:
     chunks = tuple([(c.start, c.length) for c in batch.prefill])
     tokens = len(decodes) + sum([c[1] for c in chunks])
     rows = sampled_rows(batch) if chunks else len(decodes)
-    template, keys = template_for(Shape(model.layers, head=rows > 0, allreduce=model.tp > 1))
+    template = _gpu_only_template(model.layers, rows > 0, model.tp > 1)
     dense = Work(tokens)
-    by_kind = {
-        OpKind.SCHEDULE: Work(tokens, len(decodes) + len(chunks)),
-        OpKind.EMBED: dense,
-        OpKind.PRE: dense,
-        OpKind.POST: dense,
-        OpKind.GPU_ATTN: Work(tokens, len(decodes), kv_read(decodes), 0, chunks),
-        OpKind.HEAD: Work(rows, rows),
-        OpKind.ALLREDUCE: Work(tokens, bytes=allreduce_bytes(tokens, model)),
-    }
-    return StepGraph(template, tuple([by_kind[k[0]] for k in keys]))
+    kv = sum([r.computed for r in decodes]) + len(decodes)
+    attention = Work(tokens, len(decodes), kv, 0, chunks)
+    works = [Work(tokens, len(decodes) + len(chunks)), dense, dense, attention, dense]
+    if model.tp > 1:
+        works.append(Work(tokens, bytes=allreduce_bytes(tokens, model)))
+    if rows:
+        works.append(Work(rows, rows))
+    return StepGraph(template, tuple(works))
+
+
+@lru_cache(maxsize=256)
+def _gpu_only_template(layers: int, head: bool, allreduce: bool) -> Template:
+    """The template whose works ``_compile_gpu_only`` lists by heart."""
+    template, keys = template_for(Shape(layers, head=head, allreduce=allreduce))
+    order = (OpKind.SCHEDULE, OpKind.EMBED, OpKind.PRE, OpKind.GPU_ATTN, OpKind.POST)
+    expected = order + (OpKind.ALLREDUCE,) * allreduce + (OpKind.HEAD,) * head
+    assert tuple(k[0] for k in keys) == expected
+    return template
 
 
 def allreduce_bytes(tokens: int, model: ModelSpec) -> int:

@@ -45,6 +45,12 @@ class StepColumns:
     busy_d2h: array[float] = field(default_factory=lambda: array("d"))
 
 
+StepRow = tuple[float, float, int, int, int, int, int, int, int, int, int, float, float, float, float]
+"""One row of StepColumns, in the order of its fields."""
+
+_BUFFERED_ROWS = 4096
+
+
 class Slice(NamedTuple):
     """One operation on a timeline; times in seconds on the run's clock."""
 
@@ -66,7 +72,8 @@ class RunRecord:
     """
 
     requests: list[Request] = field(default_factory=list)
-    columns: StepColumns = field(default_factory=StepColumns)
+    _columns: StepColumns = field(default_factory=StepColumns)
+    _rows: list[StepRow] = field(default_factory=list)
     itl_values: array[float] = field(default_factory=lambda: array("d"))
     itl_counts: array[int] = field(default_factory=lambda: array("q"))
     busy: dict[str, float] = field(default_factory=dict)  # resource -> seconds it worked
@@ -78,6 +85,22 @@ class RunRecord:
     kv_capacity: Mapping[str, int] = field(default_factory=dict)  # tier -> layer-blocks
     slices: list[Slice] = field(default_factory=list)
     interrupted: str | None = None  # why the run stopped early, if it did
+
+    @property
+    def columns(self) -> StepColumns:
+        """The step rows so far, by column."""
+        if self._rows:
+            names = StepColumns.__dataclass_fields__
+            for name, values in zip(names, zip(*self._rows, strict=True), strict=True):
+                getattr(self._columns, name).extend(values)
+            self._rows.clear()
+        return self._columns
+
+    def add_row(self, row: StepRow) -> None:
+        """Append a step row. Rows are kept as tuples for a while: one append is cheaper than fifteen."""
+        self._rows.append(row)
+        if len(self._rows) >= _BUFFERED_ROWS:
+            _ = self.columns
 
     def add_busy(self, resource: str, seconds: Any, steps: int) -> float:
         """Add the busy seconds of ``steps`` steps (a number, or one per step); returns their sum.

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from json.encoder import encode_basestring_ascii as _quote
 from typing import Any, TextIO
 
-from neo.core.plan import StepPlan
+from neo.core.plan import StepPlan, SubBatch
 from neo.core.request import Request
 
-_ROLES = ("gpu_decode", "cpu_decode", "stream_decode")
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
@@ -55,34 +55,43 @@ class RunLog:
 
     def step(self, plan: StepPlan, start: float, end: float, steps: int) -> None:
         """A step (or ``steps`` repetitions of it) ran."""
-        record: dict[str, Any] = {"type": "step", "t": start, "end": end, "steps": steps, "why": plan.why}
-        record["batches"] = [self._batch(plan, i) for i in range(len(plan.batches))]
+        # Formatted by hand: this line is written for every step, and is most of the log.
+        batches = ",".join([self._batch(batch, i) for i, batch in enumerate(plan.batches)])
+        line = (
+            f'{{"type":"step","t":{start!r},"end":{end!r},"steps":{steps},"why":{_quote(plan.why)},'
+            f'"batches":[{batches}]'
+        )
         if plan.moves:
-            record["moves"] = [[m.request.id, m.dst, *(m.layers or ()), m.order] for m in plan.moves]
+            moves = [[m.request.id, m.dst, *(m.layers or ()), m.order] for m in plan.moves]
+            line += f',"moves":{_dumps(moves)}'
         if plan.evict:
-            record["evict"] = [[e.request.id, e.mode] for e in plan.evict]
+            line += f',"evict":{_dumps([[e.request.id, e.mode] for e in plan.evict])}'
         if plan.reject:
-            record["reject"] = [[r.request.id, r.reason] for r in plan.reject]
-        self._line(record)
+            line += f',"reject":{_dumps([[r.request.id, r.reason] for r in plan.reject])}'
+        self._write(line + "}\n")
 
-    def _batch(self, plan: StepPlan, index: int) -> dict[str, Any]:
-        batch = plan.batches[index]
-        record: dict[str, Any] = {}
+    def _batch(self, batch: SubBatch, index: int) -> str:
+        parts = []
         if batch.prefill:
-            record["prefill"] = [[c.request.id, c.start, c.length, c.dst] for c in batch.prefill]
-        for role in _ROLES:
-            members: tuple[Request, ...] = getattr(batch, role)
+            chunks = [f'[{_quote(c.request.id)},{c.start},{c.length},"{c.dst}"]' for c in batch.prefill]
+            parts.append(f'"prefill":[{",".join(chunks)}]')
+        roles = (
+            ("gpu_decode", batch.gpu_decode),
+            ("cpu_decode", batch.cpu_decode),
+            ("stream_decode", batch.stream_decode),
+        )
+        for role, members in roles:
             before = self._last.get((index, role), ())
-            if members is before:
+            if members is before or members == before:
                 if members:
-                    record[role] = {"n": len(members)}
+                    parts.append(f'"{role}":{{"n":{len(members)}}}')
                 continue
             self._last[index, role] = members
-            now_ids, old_ids = {r.id for r in members}, {r.id for r in before}
-            entry: dict[str, Any] = {"n": len(members)}
-            if added := [r.id for r in members if r.id not in old_ids]:
-                entry["add"] = added
-            if dropped := [r.id for r in before if r.id not in now_ids]:
-                entry["drop"] = dropped
-            record[role] = entry
-        return record
+            now_set, old_set = set(members), set(before)
+            entry = f'"{role}":{{"n":{len(members)}'
+            if added := [_quote(r.id) for r in members if r not in old_set]:
+                entry += f',"add":[{",".join(added)}]'
+            if dropped := [_quote(r.id) for r in before if r not in now_set]:
+                entry += f',"drop":[{",".join(dropped)}]'
+            parts.append(entry + "}")
+        return "{" + ",".join(parts) + "}"

@@ -213,7 +213,7 @@ class Scheduler:
         first = next(iter(self._requests.values()))
         return PlanError(
             "progress",
-            f"the policy is idle, nothing more will arrive, {len(self._requests)} requests would wait for ever",
+            f"the policy is idle, nothing more will arrive, {len(self._requests)} requests would wait on",
             first.id,
         )
 

@@ -50,8 +50,7 @@ class _Builder:
         self.stream_run = [i if on else None for i, (n, on) in enumerate(runs) for _ in range(n)]
 
     def build(self) -> tuple[Template, tuple[WorkKey, ...]]:
-        head = [self.op(OpKind.HEAD, NO_BATCH, self.outputs(), None)] if self.s.head else []
-        sections = self.pipelined(head) if self.s.pipelined else self.sequential(head)
+        sections = self.pipelined() if self.s.pipelined else self.sequential()
         keys = tuple(self.keys)
         counts = [0] * len(keys)
         for section in sections:
@@ -85,8 +84,11 @@ class _Builder:
     def layer_end(self, batch: int) -> Dep:
         return Dep(OpKind.ALLREDUCE if self.s.allreduce else OpKind.POST, batch)
 
-    def outputs(self) -> list[Dep]:
-        return [self.layer_end(0), self.layer_end(1)] if self.s.pipelined else [self.layer_end(0)]
+    def head(self) -> list[TemplateOp]:
+        if not self.s.head:
+            return []
+        outputs = [self.layer_end(0), self.layer_end(1)] if self.s.pipelined else [self.layer_end(0)]
+        return [self.op(OpKind.HEAD, NO_BATCH, outputs, None)]
 
     def ahead(self, layer: int, offset: int) -> list[TemplateOp]:
         """Copies to the GPU that layer ``layer`` needs; listed early so that they run ahead of it."""
@@ -158,7 +160,7 @@ class _Builder:
             return self.stream_run[layer]
         return self.stream_run[layer + 1] if layer + 1 < self.s.layers else "last"
 
-    def sequential(self, head: list[TemplateOp]) -> list[Section]:
+    def sequential(self) -> list[Section]:
         def layer_ops(layer: int) -> list[TemplateOp]:
             following = self.ahead(layer + 1, 1) if layer + 1 < self.s.layers else []
             return [
@@ -171,6 +173,7 @@ class _Builder:
                 *self.post(0),
             ]
 
+        first = [*self.start(), *self.ahead(0, 0)]
         moving = self.s.swap_in or any(on for _, on in self.s.streams)
         layers = range(self.s.layers)
         if moving:
@@ -183,7 +186,7 @@ class _Builder:
             Section(tuple(head), 1, self.s.layers),
         ]
 
-    def pipelined(self, head: list[TemplateOp]) -> list[Section]:
+    def pipelined(self) -> list[Section]:
         s = self.s
         first = [
             *self.start(),
@@ -211,6 +214,6 @@ class _Builder:
                 *self.recv(0),
             ]
 
-        last = [*self.cpu_attention(1), *self.post(0), *self.recv(1), *self.post(1), *head]
         body = self.repeated(range(1, s.layers), layer_ops)
+        last = [*self.cpu_attention(1), *self.post(0), *self.recv(1), *self.post(1), *self.head()]
         return [Section(tuple(first)), *body, Section(tuple(last), 1, s.layers - 1)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
-from neo.core.graph import OpKind, Resource, StepGraph, Template, Work
+from neo.core.graph import RESOURCE_OF, OpKind, Resource, StepGraph, Template, Work
 
 _RESOURCES = tuple(Resource)
 _ROUNDING = 1e-13  # relative difference between two growths that counts as rounding
@@ -61,23 +61,25 @@ def busy_seconds(template: Template, seconds: list[Any]) -> dict[Resource, Any]:
     """Seconds each resource works during the step."""
     busy: dict[Resource, Any] = {}
     for resource, indices in _by_resource(template):
-        busy[resource] = sum(template.counts[i] * seconds[i] for i in indices)
+        total = 0.0
+        for count, i in indices:
+            total = total + count * seconds[i]
+        busy[resource] = total
     return busy
 
 
 @lru_cache(maxsize=4096)
-def _by_resource(template: Template) -> tuple[tuple[Resource, tuple[int, ...]], ...]:
-    from neo.core.graph import RESOURCE_OF
-
-    found: dict[Resource, list[int]] = {}
-    for i, kind in enumerate(template.kinds):
-        found.setdefault(RESOURCE_OF[kind], []).append(i)
+def _by_resource(template: Template) -> tuple[tuple[Resource, tuple[tuple[int, int], ...]], ...]:
+    """Per resource, (count, index) of its work entries."""
+    found: dict[Resource, list[tuple[int, int]]] = {}
+    for i, (kind, count) in enumerate(zip(template.kinds, template.counts, strict=True)):
+        found.setdefault(RESOURCE_OF[kind], []).append((count, i))
     return tuple((r, tuple(ix)) for r, ix in found.items())
 
 
 @lru_cache(maxsize=4096)
 def _program(template: Template) -> _Program:
-    """The template with names resolved to indices: resource clocks first, then a slot per (kind, batch, lag)."""
+    """The template by indices: resource clocks first, then a slot per (kind, batch, lag)."""
     depth: dict[tuple[OpKind, int], int] = {}
     for section in template.sections:
         for op in section.ops:

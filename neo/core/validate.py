@@ -51,16 +51,24 @@ def check(view: SystemView, plan: StepPlan) -> None:
 
 def _check_plain(view: SystemView, plan: StepPlan, batch: SubBatch) -> None:
     """The common case, all GPU decodes by the view's own tuple and perhaps prefill: same rules, less work."""
-    if not batch.gpu_decode and not batch.prefill:
+    chunks, decodes = batch.prefill, batch.gpu_decode
+    if not decodes and not chunks:
         raise PlanError("batches", "sub-batch 0 is empty")
-    if batch.prefill:
-        _check_known(view, [c.request for c in batch.prefill])
-        _check_unique([c.request for c in batch.prefill])
-        _check_chunks(batch)
-        _check_residency(view, SubBatch(batch.prefill), {})
     _check_budgets(view, plan)
-    _check_blocks(view, plan, {})
-    if plan.repeat:
+    if chunks:
+        requests = [c.request for c in chunks]
+        _check_known(view, requests)
+        _check_unique(requests)
+        _check_chunks(batch)
+        _check_residency(view, SubBatch(chunks), {})
+        _check_blocks(view, plan, {})
+        if plan.repeat:
+            _check_repeat(plan)
+        return
+    gpu = view.pools[Tier.GPU]
+    need = decode_growth(view, decodes) * view.model.layers
+    if need > gpu.total - gpu.used or plan.repeat < 0:
+        _check_blocks(view, plan, {})
         _check_repeat(plan)
 
 
@@ -213,7 +221,7 @@ def _check_evictions(view: SystemView, plan: StepPlan) -> None:
 def decode_growth(view: SystemView, decodes: Sequence[Request]) -> int:
     """Blocks (whole model) that one more token of each decode needs."""
     size = view.limits.block_size
-    return len([1 for r in decodes if r.computed % size == 0])
+    return [r.computed % size for r in decodes].count(0)
 
 
 def _check_blocks(view: SystemView, plan: StepPlan, moved: dict[str, int]) -> None:

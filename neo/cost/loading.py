@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neo.core.errors import InputError, NeoError
 from neo.core.plugins import close_matches, load_object
 from neo.core.specs import HardwareSpec, ModelSpec
 from neo.cost.interface import CostModel
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINTS = "neo.cost_models"
 BUILT_IN = ("profiled", "roofline")
@@ -65,6 +67,8 @@ def load_cost_model(
 
 
 def _registered() -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points  # imported late: it takes longer than the rest of this module
+
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
 
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +14,7 @@ import simpy
 
 from neo.core.graph import OpKind, Resource
 from neo.core.pipeline import bytes_moved
-from neo.core.plan import StepPlan
+from neo.core.plan import PrefillChunk, StepPlan
 from neo.core.record import Mode, RunRecord
 from neo.core.request import FinishReason, Request, Tier
 from neo.core.runlog import RunLog
@@ -25,7 +24,7 @@ from neo.sim.oplevel import run_operations
 
 Level = Literal["step", "op"]
 Events = Generator[simpy.Event, Any, None]
-_LAST_TOKEN = attrgetter("last_token_s")
+_TRACKED = {Resource.GPU: 0, Resource.CPU: 1, Resource.H2D: 2, Resource.D2H: 3}  # order of the busy columns
 _MOST_AT_ONCE = 4096  # repeated steps priced in one go
 
 
@@ -209,53 +208,54 @@ class Simulation:
         plan, graph, record = planned.plan, planned.graph, self.record
         steps = len(ends)
         self._steps += steps
-        columns = record.columns
-        columns.start_s.append(start)
-        columns.end_s.append(ends[-1])
-        columns.steps.append(steps)
-        columns.mode.append(mode_of(plan))
-        view = self.scheduler.view
-        columns.waiting.append(len(view.waiting))
-        columns.kv_gpu.append(view.pools[Tier.GPU].used)
-        columns.kv_cpu.append(view.pools[Tier.CPU].used)
-        batches = plan.batches
-        columns.prefill_tokens.append(sum([c.length for b in batches for c in b.prefill]))
-        columns.gpu_decodes.append(sum([len(b.gpu_decode) for b in batches]))
-        columns.cpu_decodes.append(sum([len(b.cpu_decode) for b in batches]))
-        columns.stream_decodes.append(sum([len(b.stream_decode) for b in batches]))
-        busy = busy_seconds(graph.template, seconds)
-        for resource, column in (
-            (Resource.GPU, columns.busy_gpu),
-            (Resource.CPU, columns.busy_cpu),
-            (Resource.H2D, columns.busy_h2d),
-            (Resource.D2H, columns.busy_d2h),
-        ):
-            column.append(record.add_busy(resource, busy.get(resource, 0.0), steps))
+        chunk_tokens = on_gpu = on_cpu = streamed = 0
+        for batch in plan.batches:
+            on_gpu += len(batch.gpu_decode)
+            on_cpu += len(batch.cpu_decode)
+            streamed += len(batch.stream_decode)
+            if batch.prefill:
+                chunk_tokens += sum([c.length for c in batch.prefill])
+                self._observe_prefills(batch.prefill, ends[0])
+        busy = [0.0] * len(_TRACKED)
+        for resource, total in busy_seconds(graph.template, seconds).items():
+            if resource in _TRACKED:
+                busy[_TRACKED[resource]] = record.add_busy(resource, total, steps)
         if not graph.template.serial:
             into, out = bytes_moved(graph)
             record.bytes_h2d += into
             record.bytes_d2h += out
-        record.preemptions += len(plan.evict)
-        self._observe_gaps(plan, ends)
+        if plan.evict:
+            record.preemptions += len(plan.evict)
+        view = self.scheduler.view
+        mode = mode_of(plan)
+        gpu, cpu = view.pools[Tier.GPU].used, view.pools[Tier.CPU].used
+        waiting = len(view.waiting)
+        row = (start, ends[-1], steps, mode, waiting, chunk_tokens, on_gpu, on_cpu, streamed, gpu, cpu, *busy)
+        record.add_row(row)
+        if on_gpu or on_cpu or streamed:
+            self._observe_gaps(plan, ends, on_gpu + on_cpu + streamed)
 
-    def _observe_gaps(self, plan: StepPlan, ends: list[float]) -> None:
+    def _observe_gaps(self, plan: StepPlan, ends: list[float], decodes: int) -> None:
+        """Inter-token gaps of the decodes: time since each one's last token, then between repetitions."""
         values, counts = self.record.itl_values, self.record.itl_counts
-        decodes = 0
-        for batch in plan.batches:
-            members = batch.decodes
-            if members:
-                decodes += len(members)
-                for last, n in Counter(map(_LAST_TOKEN, members)).items():
-                    values.append(ends[0] - last)
-                    counts.append(n)
+        last = [r.last_token_s or 0.0 for b in plan.batches for r in b.decodes]
+        if last.count(last[0]) == decodes:  # the usual case: all of them ran in the step before
+            values.append(ends[0] - last[0])
+            counts.append(decodes)
+        else:
+            for time, n in Counter(last).items():
+                values.append(ends[0] - time)
+                counts.append(n)
         if len(ends) > 1:
             values.extend([b - a for a, b in pairwise(ends)])
             counts.extend([decodes] * (len(ends) - 1))
-        for batch in plan.batches:  # a preempted request's next token comes out of a prefill
-            for c in batch.prefill:
-                if c.request.last_token_s is not None and c.length == c.request.remaining_prefill:
-                    values.append(ends[0] - c.request.last_token_s)
-                    counts.append(1)
+
+    def _observe_prefills(self, chunks: tuple[PrefillChunk, ...], end: float) -> None:
+        """A preempted request's next token comes out of a prefill: that gap counts too."""
+        for c in chunks:
+            if c.request.last_token_s is not None and c.length == c.request.remaining_prefill:
+                self.record.itl_values.append(end - c.request.last_token_s)
+                self.record.itl_counts.append(1)
 
     def _collect_ended(self) -> None:
         ended = self.scheduler.ended

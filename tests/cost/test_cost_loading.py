@@ -9,7 +9,6 @@ from cost_works import MACHINE, MODEL
 from neo.core.errors import InputError
 from neo.core.graph import OpKind, Work
 from neo.core.plugins import close_matches, is_file_spec, load_object
-from neo.cost import loading
 from neo.cost.loading import cost_model_names, load_cost_model
 from neo.cost.profiled import Profiled
 from neo.cost.roofline import Roofline
@@ -84,14 +83,12 @@ class _Entry:
 
 def test_registered(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     entries = [_Entry("flat", load_object(f"{file}:Flat", "x")), _Entry("gone", ImportError("no torch"))]
-    monkeypatch.setattr(loading, "entry_points", lambda group: entries if group == "neo.cost_models" else [])
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: entries if group == "neo.cost_models" else []
+    )
     assert load_cost_model("flat", MODEL, MACHINE).seconds(OpKind.PRE, Work()) == 1.0
     with pytest.raises(InputError, match=r"cost model 'gone' \(package:Thing\): ImportError: no torch"):
         load_cost_model("gone", MODEL, MACHINE)
-
-
-def test_entry_points_are_read_by_their_group() -> None:
-    assert loading.entry_points is importlib.metadata.entry_points
 
 
 @pytest.mark.parametrize(
