@@ -45,7 +45,7 @@ class StepColumns:
     busy_d2h: array[float] = field(default_factory=lambda: array("d"))
 
 
-StepRow = tuple[float, float, int, int, int, int, int, int, int, int, int, float, float, float, float]
+StepRow = tuple[float, ...]
 """One row of StepColumns, in the order of its fields."""
 
 _BUFFERED_ROWS = 4096

@@ -180,11 +180,7 @@ class _Builder:
             body = self.repeated(layers, layer_ops)
         else:
             body = [Section(tuple(layer_ops(self.s.layers - 1)), self.s.layers, 0)]
-        return [
-            Section(tuple(self.start() + self.ahead(0, 0))),
-            *body,
-            Section(tuple(head), 1, self.s.layers),
-        ]
+        return [Section(tuple(first)), *body, Section(tuple(self.head()), 1, self.s.layers)]
 
     def pipelined(self) -> list[Section]:
         s = self.s
