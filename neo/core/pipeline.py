@@ -111,31 +111,38 @@ class _Compiler:
         self.ring = ring
         self.block_bytes = block_size * model.kv_bytes_per_token_layer
         self.batches = plan.batches
-        self.streamed = self.stream_bytes()
-        self.runs = tuple((len(list(g)), nbytes) for nbytes, g in groupby(self.streamed))
+        self.tokens = [b.tokens for b in plan.batches]
+        self.sequences = sum([b.sequences for b in plan.batches])
+        self.rows = sum([sampled_rows(b) for b in plan.batches])
+        self.runs = self.stream_runs()
+        self.into = self.out = self.spilled = 0
+        if plan.moves or plan.evict:
+            self.into = self.moved_bytes(Tier.GPU, MoveOrder.BEFORE)
+            self.out = self.moved_bytes(Tier.CPU, MoveOrder.BEFORE)
+            self.spilled = self.moved_bytes(Tier.CPU, MoveOrder.AFTER)
+        self.spilled += self.new_kv_bytes()
 
     def graph(self) -> StepGraph:
-        shape = self.shape()
-        template, keys = template_for(shape)
+        template, keys = template_for(self.shape())
         works = [self.work(key) for key in keys]
         return StepGraph(template, tuple(self.with_contention(keys, works)))
 
     def shape(self) -> Shape:
         first = self.batches[0]
-        runs = tuple((n, nbytes > 0) for n, nbytes in self.runs)
+        streams = any(nbytes for _, nbytes in self.runs)
         return Shape(
             layers=self.model.layers,
             pipelined=len(self.batches) == 2,
             attention=bool(first.prefill or first.gpu_decode or first.stream_decode),
             cpu0=bool(first.cpu_decode),
             cpu1=len(self.batches) == 2 and bool(self.batches[1].cpu_decode),
-            swap_out=self.moved_bytes(Tier.CPU, MoveOrder.BEFORE) > 0,
-            swap_in=self.moved_bytes(Tier.GPU, MoveOrder.BEFORE) > 0,
-            spill=self.spill_bytes() > 0,
-            streams=runs if any(on for _, on in runs) else (),
+            swap_out=self.out > 0,
+            swap_in=self.into > 0,
+            spill=self.spilled > 0,
+            streams=tuple((n, nbytes > 0) for n, nbytes in self.runs) if streams else (),
             ring=self.ring,
             allreduce=self.model.tp > 1,
-            head=any(sampled_rows(b) for b in self.batches),
+            head=self.rows > 0,
         )
 
     # -- sizes, per layer ---------------------------------------------------------------------------------
@@ -155,72 +162,68 @@ class _Compiler:
             total += sum([self.request_bytes(e.request) for e in self.plan.evict if e.mode is EvictMode.SWAP])
         return total
 
-    def spill_bytes(self) -> int:
-        """New KV that leaves behind its PRE: of CPU-bound prefill, of streamed decodes, of trailing moves."""
+    def new_kv_bytes(self) -> int:
+        """New KV that leaves behind its PRE: of CPU-bound prefill, and of streamed decodes' host layers."""
         token = self.model.kv_bytes_per_token_layer
-        total = self.moved_bytes(Tier.CPU, MoveOrder.AFTER)
+        total = 0
         for batch in self.batches:
-            total += sum([c.length * token for c in batch.prefill if c.dst is Tier.CPU])
-            host = sum([r.host_layers.bit_count() for r in batch.stream_decode])
-            total += -(-host * token // self.model.layers)
+            total += token * sum([c.length for c in batch.prefill if c.dst is Tier.CPU])
+            if batch.stream_decode:
+                host = sum([r.host_layers.bit_count() for r in batch.stream_decode])
+                total += -(-host * token // self.model.layers)
         return total
 
-    def stream_bytes(self) -> list[int]:
-        """Per layer: KV that is streamed in for GPU attention (prefixes of CPU-bound chunks, host layers)."""
-        prefix = sum(
-            [
-                c.start * self.model.kv_bytes_per_token_layer
-                for b in self.batches
-                for c in b.prefill
-                if c.dst is Tier.CPU
-            ]
-        )
-        per_layer = [prefix] * self.model.layers
-        for batch in self.batches:
-            for request in batch.stream_decode:
-                size = self.request_bytes(request)
-                for layer in range(self.model.layers):
-                    if request.host_layers >> layer & 1:
-                        per_layer[layer] += size
-        return per_layer
+    def stream_runs(self) -> tuple[tuple[int, int], ...]:
+        """KV streamed in per layer for GPU attention, as runs of equal layers: (layers, bytes).
+
+        That is prefixes of CPU-bound chunks, and the host layers of streamed decodes.
+        """
+        layers, token = self.model.layers, self.model.kv_bytes_per_token_layer
+        prefix = token * sum([c.start for b in self.batches for c in b.prefill if c.dst is Tier.CPU])
+        streamed = [r for b in self.batches for r in b.stream_decode]
+        if not streamed:
+            return ((layers, prefix),)
+        per_layer = [prefix] * layers
+        for request in streamed:
+            size = self.request_bytes(request)
+            for layer in range(layers):
+                if request.host_layers >> layer & 1:
+                    per_layer[layer] += size
+        return tuple((len(list(g)), nbytes) for nbytes, g in groupby(per_layer))
 
     # -- works --------------------------------------------------------------------------------------------
 
     def work(self, key: WorkKey) -> Work:
         kind, index, variant = key
         model = self.model
-        if kind in (OpKind.SCHEDULE, OpKind.EMBED, OpKind.HEAD):
-            rows = sum([sampled_rows(b) for b in self.batches])
-            tokens = sum([b.tokens for b in self.batches])
-            sequences = sum([b.sequences for b in self.batches])
-            return {
-                OpKind.SCHEDULE: Work(tokens, sequences),
-                OpKind.EMBED: Work(tokens),
-                OpKind.HEAD: Work(rows, rows),
-            }[kind]
+        if kind is OpKind.SCHEDULE:
+            return Work(sum(self.tokens), self.sequences)
+        if kind is OpKind.EMBED:
+            return Work(sum(self.tokens))
+        if kind is OpKind.HEAD:
+            return Work(self.rows, self.rows)
         if kind is OpKind.STREAM:
             return Work(bytes=self.runs[variant][1])
         if kind is OpKind.SWAP_IN:
-            return Work(bytes=self.moved_bytes(Tier.GPU, MoveOrder.BEFORE))
+            return Work(bytes=self.into)
         if kind is OpKind.SWAP_OUT:
-            return Work(
-                bytes=self.spill_bytes() if index == 0 else self.moved_bytes(Tier.CPU, MoveOrder.BEFORE)
-            )
+            return Work(bytes=self.spilled if index == 0 else self.out)
+        tokens = self.tokens[index]
+        if kind is OpKind.PRE or kind is OpKind.POST:
+            return Work(tokens)
         batch = self.batches[index]
         rows = len(batch.cpu_decode)
         if kind is OpKind.GPU_ATTN:
             chunks = tuple([(c.start, c.length) for c in batch.prefill])
             decodes = batch.gpu_decode + batch.stream_decode
-            return Work(batch.tokens, len(decodes), kv_read(decodes), 0, chunks)
+            return Work(tokens, len(decodes), kv_read(decodes), 0, chunks)
         if kind is OpKind.CPU_ATTN:
             return Work(rows, rows, kv_read(batch.cpu_decode))
         if kind is OpKind.SEND:
             return Work(rows, rows, bytes=send_bytes(rows, model))
         if kind is OpKind.RECV:
             return Work(rows, rows, bytes=recv_bytes(rows, model))
-        if kind is OpKind.ALLREDUCE:
-            return Work(batch.tokens, bytes=allreduce_bytes(batch.tokens, model))
-        return Work(batch.tokens)  # PRE, POST
+        return Work(tokens, bytes=allreduce_bytes(tokens, model))
 
     def with_contention(self, keys: tuple[WorkKey, ...], works: list[Work]) -> list[Work]:
         """Tell copies what goes the other way in their layer, and CPU attention what all copies move.

@@ -319,6 +319,8 @@ class Scheduler:
             self._join_group(request)
 
     def _release_sources(self, src: Tier) -> None:
+        if not self._source_blocks:
+            return
         pool = self.view.pools[src]
         for tier, owner, count in self._source_blocks:
             if tier is src:

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 from neo.core.graph import OpKind, Work
 from neo.core.pipeline import allreduce_bytes, recv_bytes, send_bytes
 from neo.core.specs import ModelSpec
 from neo.cost.interface import CostModel
 
+_LEAST_KV = 1024  # KV tokens below which one piece serves
+
 Chunks = tuple[tuple[int, int], ...]
+
+
+class CpuCell(NamedTuple):
+    """``base + n * (per_sequence + cross * kv) + per_token * kv`` for n < ``to_n``, kv < ``to_kv``."""
+
+    base: float
+    per_sequence: float
+    per_token: float
+    cross: float
+    to_n: int
+    to_kv: int
+
+    def most_kv(self, sequences: int, seconds: float) -> float:
+        """KV tokens that ``sequences`` can read in ``seconds``; infinite where this piece does not tell."""
+        rate = self.per_token + self.cross * sequences
+        if rate <= 0.0:
+            return math.inf
+        most = (seconds - self.base - sequences * self.per_sequence) / rate
+        return most if most < self.to_kv else math.inf
 
 
 class StageTimes:
@@ -23,6 +47,7 @@ class StageTimes:
         self._cpu_launch_s = cpu_launch_s
         self._linear: dict[int, float] = {0: 0.0}
         self._hand_over: dict[int, float] = {0: 0.0}
+        self._cells: dict[tuple[int, int], CpuCell] = {}
 
     def fits(self, cost: CostModel) -> bool:
         """Whether these times still hold for ``cost``."""
@@ -62,6 +87,27 @@ class StageTimes:
             )
             self._hand_over[sequences] = over
         return over + float(self.cost.seconds(OpKind.CPU_ATTN, Work(sequences, sequences, kv_tokens)))
+
+    def cpu_cell(self, sequences: int, kv_tokens: int) -> CpuCell:
+        """The bilinear piece of ``cpu_stage`` around a point, as NEO interpolates its profile.
+
+        Corners are powers of two, asked for once; for the many small questions of a greedy choice.
+        """
+        key = (max(sequences, 1).bit_length(), max(kv_tokens, _LEAST_KV).bit_length())
+        cell = self._cells.get(key)
+        if cell is None:
+            n0, n1 = 1 << (key[0] - 1), 1 << key[0]
+            k1 = 1 << key[1]
+            k0 = k1 >> 1 if k1 > _LEAST_KV * 2 else 0
+            t00, t01 = self.cpu_stage(n0, k0), self.cpu_stage(n0, k1)
+            t10, t11 = self.cpu_stage(n1, k0), self.cpu_stage(n1, k1)
+            cross = (t11 - t10 - t01 + t00) / ((n1 - n0) * (k1 - k0))
+            per_sequence = (t10 - t00) / (n1 - n0) - cross * k0
+            per_token = (t01 - t00) / (k1 - k0) - cross * n0
+            base = t00 - per_sequence * n0 - per_token * k0 - cross * n0 * k0
+            cell = CpuCell(base, per_sequence, per_token, cross, n1, k1)
+            self._cells[key] = cell
+        return cell
 
     def around(self, tokens: int, rows: int, sequences: int) -> float:
         """Seconds of a step outside its layers: planning, embedding, head."""

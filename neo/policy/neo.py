@@ -17,6 +17,7 @@ Where nothing lives on the CPU and the GPU has room for all that comes, the plan
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 from neo.core.blocks import blocks_for
@@ -271,53 +272,96 @@ class _Draft:
 
     def place_cpu_decodes(self) -> None:
         """CPU decodes, oldest first, each into the sub-batch with more slack while the CPU stays hidden."""
-        times, view = self.times, self.view
+        times, limits = self.times, self.view.limits
         self._time_attention()
-        chunk_tokens = sum([c.length for c in self.chunks])
-        tokens = [len(self.gpu_decodes) + chunk_tokens, 0]
-        limits = view.limits
-        slots = min(
-            limits.max_seqs - len(self.gpu_decodes) - len(self.chunks), limits.max_batch_tokens - tokens[0]
-        )
-        linear0, linear1, attention = times.linear(tokens[0]), 0.0, self.attention_s
-        cpu0 = cpu1 = 0.0
+        tokens = [len(self.gpu_decodes) + sum([c.length for c in self.chunks]), 0]
+        slots = limits.max_seqs - len(self.gpu_decodes) - len(self.chunks)
+        slots = min(slots, limits.max_batch_tokens - tokens[0])
         counts, kv = [0, 0], self.cpu_kv
-        shortest_skipped = 1 << 62
-        for r in tuple(self.cpu_candidates):
-            if slots <= 0 or r.sequence > self.cpu_candidates[-1].sequence:
-                break
+        hide0, hide1 = (
+            self.attention_s,
+            times.linear(tokens[0]),
+        )  # what the CPU may take beside each sub-batch
+        cpu0 = cpu1 = 0.0
+        first = self._fill_second(slots, hide1)
+        if first:
+            counts[1] = tokens[1] = first
+            cpu1 = times.cpu_stage(first, kv[1])
+            hide0 += times.linear(first)
+            slots -= first
+        cells = [times.cpu_cell(1, 0), times.cpu_cell(1, 0)]
+        rest, at = self.cpu_candidates[first:], 0
+        while at < len(rest) and slots > 0:
+            r = rest[at]
+            at += 1
             length = r.computed + 1
-            if length >= shortest_skipped:
-                continue
             growth = self.layers if r.computed % limits.block_size == 0 else 0
             if growth > self.cpu_free and not self._free_cpu_blocks(r):
                 continue
-            if self.forced and not (counts[0] or counts[1]):
-                which, cpu1, linear1 = 1, times.cpu_stage(1, length), times.linear(1)
-            elif linear0 - cpu1 >= linear1 + attention - cpu0:
-                after = times.cpu_stage(counts[1] + 1, kv[1] + length)
-                if after <= linear0 and cpu0 <= times.linear(tokens[1] + 1) + attention:
-                    which, cpu1 = 1, after
-                    linear1 = times.linear(tokens[1] + 1)
-                else:
-                    which = -1
+            which = 1 if hide1 - cpu1 >= hide0 - cpu0 else 0
+            n, tokens_read = counts[which] + 1, kv[which] + length
+            cell = cells[which]
+            if n >= cell[4] or tokens_read >= cell[5]:
+                cell = cells[which] = times.cpu_cell(n, tokens_read)
+            after = cell[0] + n * (cell[1] + cell[3] * tokens_read) + cell[2] * tokens_read
+            wider = times.linear(tokens[which] + 1)
+            forced = self.forced and not (counts[0] or counts[1])
+            if which and (forced or (after <= hide1 and cpu0 <= self.attention_s + wider)):
+                cpu1, hide0 = after, self.attention_s + wider
+            elif not which and after <= hide0 and cpu1 <= wider:
+                cpu0, hide1 = after, wider
             else:
-                after = times.cpu_stage(counts[0] + 1, kv[0] + length)
-                if after <= linear1 + attention and cpu1 <= times.linear(tokens[0] + 1):
-                    which, cpu0 = 0, after
-                    linear0 = times.linear(tokens[0] + 1)
-                else:
-                    which = -1
-            if which < 0:
                 if self.options.skip_longer:
-                    shortest_skipped = length
+                    bound = min(r.computed, cell.most_kv(n, hide1 if which else hide0) - kv[which])
+                    rest, at = [x for x in rest[at:] if x.computed < bound], 0
                 continue
             self.cpu_decodes[which].append(r)
             tokens[which] += 1
-            counts[which] += 1
-            kv[which] += length
+            counts[which] = n
+            kv[which] = tokens_read
             self.cpu_free -= growth
             slots -= 1
+            if self.evict and r.sequence >= self.cpu_candidates[-1].sequence:
+                break  # the rest has been preempted
+
+    def _fill_second(self, slots: int, hide1: float) -> int:
+        """How many of the oldest candidates go into sub-batch 1 before sub-batch 0 has more slack.
+
+        What one by one gives too; but the slacks are monotone in the number taken, so that a bisection over
+        prefix sums finds it with a few questions to the cost model.
+        """
+        times, size = self.times, self.view.limits.block_size
+        kv = [0]
+
+        def taken(count: int) -> bool:
+            if count >= len(kv):
+                more = [r.computed + 1 for r in self.cpu_candidates[len(kv) - 1 : count]]
+                kv.extend(list(accumulate(more, initial=kv[-1]))[1:])
+            slack1 = hide1 - times.cpu_stage(count - 1, kv[count - 1])
+            slack0 = times.linear(count - 1) + self.attention_s
+            return slack1 >= slack0 and times.cpu_stage(count, kv[count]) <= hide1
+
+        most = min(slots, len(self.cpu_candidates))
+        if self.forced or most < 1 or not taken(1):
+            return 0
+        low = 1
+        while low < most and taken(min(2 * low, most)):
+            low = min(2 * low, most)
+        high = min(2 * low - 1, most)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if taken(middle):
+                low = middle
+            else:
+                high = middle - 1
+        chosen = self.cpu_candidates[:low]
+        growth = self.layers * [r.computed % size for r in chosen].count(0)
+        if growth > self.cpu_free:
+            return 0  # one by one, then: someone has to make room
+        self.cpu_decodes[1].extend(chosen)
+        self.cpu_kv[1] = kv[low]
+        self.cpu_free -= growth
+        return low
 
     def _free_cpu_blocks(self, request: Request) -> bool:
         """Host memory is full: preempt the newest CPU request so that an older one can grow."""
