@@ -225,7 +225,8 @@ class Scheduler:
             e.request.preemptions += 1
             if e.mode is EvictMode.RECOMPUTE:
                 self._recompute(e.request)
-            else:
+        for e in plan.evict:  # behind those that free blocks without a copy, whatever order the plan has
+            if e.mode is EvictMode.SWAP:
                 self._start_move(KVMove(e.request, Tier.CPU))
         for m in plan.moves:
             self._start_move(m)

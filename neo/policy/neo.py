@@ -51,6 +51,12 @@ class NeoOptions:
         default=128,
         metadata={"help": "drop no CPU-bound prefill below this many tokens in sub-batch 0 [artifact]"},
     )
+    worth: Literal["time", "tokens"] = field(
+        default="time",
+        metadata={
+            "help": "what a step is judged by: tokens, as published, or the GPU time they would take without offload"
+        },
+    )
     skip_longer: bool = field(
         default=True, metadata={"help": "once a CPU decode is skipped, skip all at least as long [artifact]"}
     )
@@ -426,9 +432,10 @@ class _Draft:
         return self._plan(batches, f"pipelined: {rate:.0f} > {alone:.0f} tokens/s gpu-only")
 
     def rates(self) -> tuple[float, float]:
-        """Estimated tokens/s with the CPU decodes, and without."""
+        """Estimated worth per second with the CPU decodes, and without; see ``NeoOptions.worth``."""
         times, (first, second) = self.times, self.cpu_decodes
-        own = len(self.gpu_decodes) + sum([c.length for c in self.chunks])
+        prefilled = sum([c.length for c in self.chunks])
+        own = len(self.gpu_decodes) + prefilled
         rows = len(self.gpu_decodes) + len(self.chunks)
         cpu0 = times.cpu_stage(len(first), self.cpu_kv[0])
         cpu1 = times.cpu_stage(len(second), self.cpu_kv[1])
@@ -440,7 +447,19 @@ class _Draft:
             layer = linear0 + max(self.attention_s, cpu0)
         pipelined = self.layers * layer + times.around(own + extra, rows + extra, rows + extra)
         alone = self.layers * (times.linear(own) + self.attention_s) + times.around(own, rows, rows)
-        return (own + extra) / pipelined, own / alone
+        decode = self.decode_worth() if self.options.worth == "time" else 1.0
+        worth = prefilled + decode * len(self.gpu_decodes)
+        return (worth + decode * extra) / pipelined, worth / alone
+
+    def decode_worth(self) -> float:
+        """GPU time of a decode in a full GPU-only step, over that of a prefill token."""
+        times = self.times
+        kv = sum(self.cpu_kv) + sum([r.computed for r in self.gpu_decodes])
+        count = len(self.cpu_decodes[0]) + len(self.cpu_decodes[1]) + len(self.gpu_decodes)
+        full = max(1, self.gpu.tokens * count // max(kv, 1))
+        budget = max(self._prefill_budget(), 1)
+        decode = (times.linear(full) + times.gpu_attention((), full, self.gpu.tokens)) / full
+        return decode / (times.linear(budget) / budget)
 
     def _without_gpu_work(self) -> StepPlan:
         """Nothing for the GPU to hide the CPU behind: run CPU decodes in one batch, or free their memory."""
