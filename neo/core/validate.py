@@ -84,7 +84,7 @@ def _check_batches(plan: StepPlan) -> None:
             raise PlanError(
                 "batches", "sub-batch 1 may hold only CPU decodes: GPU attention runs for sub-batch 0 alone"
             )
-    if not plan.batches and not plan.reject and not plan.idle:
+    if not plan.batches and (plan.moves or plan.evict):
         raise PlanError("progress", "the step moves or evicts KV but advances no request")
 
 

@@ -46,14 +46,19 @@ class FastDecode:
         if self._times is None or not self._times.fits(cost):
             self._times = StageTimes(cost, view.model)
         pool = view.pools[Tier.CPU]
-        decodes, evict = list(view.cpu_decodes), []
-        under_way = sum([view.growth(r, r.remaining_prefill) for r in view.prefilling])
-        free = pool.free - sum([view.growth(r) for r in decodes])
-        while free < 0 and len(decodes) > 1:
-            victim = decodes.pop()
+        decodes, under_way, evict = list(view.cpu_decodes), list(view.prefilling), []
+        # What prefills under way still need is theirs.
+        need = sum([view.growth(r) for r in decodes])
+        need += sum([view.growth(r, r.remaining_prefill) for r in under_way])
+        free = pool.free
+        while need > free and len(decodes) + len(under_way) > 1:
+            group = max((g for g in (decodes, under_way) if g), key=lambda g: g[-1].sequence)
+            victim = group.pop()
             evict.append(Evict(victim))
-            free += pool.held(victim.id) + view.growth(victim)
-        chunks, reject = self._prefill(view, decodes, free - under_way, bool(evict))
+            free += pool.held(victim.id)
+            need -= view.growth(victim, victim.remaining_prefill)
+        waiting = () if evict else view.waiting
+        chunks, reject = self._prefill(view, decodes, [*under_way, *waiting], free - need)
         if not (chunks or decodes):
             return StepPlan(reject=reject, why="nothing runs")
         batches = self._split(view, self._times, chunks, decodes)
@@ -61,18 +66,18 @@ class FastDecode:
         return StepPlan(batches, evict=tuple(evict), reject=reject, why=why)
 
     def _prefill(
-        self, view: SystemView, decodes: list[Request], free: int, full: bool
+        self, view: SystemView, decodes: list[Request], candidates: list[Request], free: int
     ) -> tuple[tuple[PrefillChunk, ...], tuple[Reject, ...]]:
         """Chunks under way, then of waiting requests, all bound for the CPU; and rejections."""
         limits, pool = view.limits, view.pools[Tier.CPU]
         whole = self.options.prefill == "whole"
         budget = limits.max_batch_tokens if whole else min(self.options.token_budget, limits.max_batch_tokens)
-        budget = max(1, budget - len(decodes))
+        budget = min(max(1, budget - len(decodes)), limits.max_batch_tokens - len(decodes))
         slots = limits.max_seqs - len(decodes)
         staging = view.pools[Tier.GPU].staging_blocks
         chunks: list[PrefillChunk] = []
         reject: list[Reject] = []
-        for r in [*view.prefilling, *(() if full else view.waiting)]:
+        for r in candidates:
             if budget <= 0 or slots <= 0:
                 break
             length = min(r.remaining_prefill, budget)

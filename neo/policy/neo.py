@@ -54,7 +54,7 @@ class NeoOptions:
     worth: Literal["time", "tokens"] = field(
         default="time",
         metadata={
-            "help": "what a step is judged by: tokens, as published, or the GPU time they would take without offload"
+            "help": "what a step is judged by: its tokens, as published, or their GPU time without offload"
         },
     )
     skip_longer: bool = field(
