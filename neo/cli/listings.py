@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -50,7 +51,24 @@ def hardware(
     ] = None,
 ) -> None:
     """List the hardware presets, or the figures and sources of one (also a TOML file of your own)."""
-    _listing("Hardware presets", hardware_rows() if name is None else hardware_sources(name))
+    if name is not None:
+        _listing(f"{name}: figures and sources", hardware_sources(name))
+        return
+    rows = [
+        {
+            "name": r["name"],
+            "GPU": f"{r['gpus']} x {r['gpu']}" if r["gpus"] > 1 else r["gpu"].removeprefix("NVIDIA "),
+            "GB": f"{r['gpu_memory_bytes'] / 1e9:.0f}",
+            "GB/s": f"{r['gpu_bandwidth'] / 1e9:,.0f}",
+            "TFLOP/s": f"{r['gpu_flops'] / 1e12:.0f}",
+            "host GB": f"{r['cpu_memory_bytes'] / 1e9:.0f}",
+            "host GB/s": f"{r['cpu_bandwidth'] / 1e9:.0f}",
+            "link GB/s": f"{r['h2d_bandwidth'] / 1e9:.0f}",
+        }
+        for r in hardware_rows()
+    ]
+    _listing("Hardware presets (GPU figures per GPU)", rows)
+    _hint("Figures with their sources: neo hardware NAME. Your own machine: --hardware path/to/machine.toml")
 
 
 def models(
@@ -59,14 +77,41 @@ def models(
     ] = None,
 ) -> None:
     """List the model presets, or the figures of one (also a Hugging Face config.json)."""
-    _listing("Model presets", model_rows() if name is None else model_sources(name))
+    if name is not None:
+        _listing(f"{name}: figures and sources", model_sources(name))
+        return
+    rows = [
+        {
+            "name": r["name"],
+            "params": f"{r['params'] / 1e9:.2f} B",
+            "weights GB": f"{r['weight_bytes'] / 1e9:.1f}",
+            "KV KiB/token": f"{r['kv_bytes_per_token'] / 1024:.0f}",
+            "layers": r["layers"],
+            "heads/KV": f"{r['heads']}/{r['kv_heads']}",
+            "positions": f"{r['max_positions']:,}",
+        }
+        for r in model_rows()
+    ]
+    _listing("Model presets", rows)
+    _hint("Figures with their sources: neo models NAME. Any other: --model path/to/config.json")
 
 
 def _listing(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(*(rows[0] if rows else ()), title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for column in rows[0] if rows else ():
+        numeric = all(str(r[column])[:1].isdigit() for r in rows) and column != "name"
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=column == "name")
     for row in rows:
-        table.add_row(*(str(v) for v in row.values()))
+        table.add_row(*(_cell(v) for v in row.values()))
     Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,.6g}" if isinstance(value, float) else str(value)
+
+
+def _hint(text: str) -> None:
+    Console().print(text, highlight=False)
 
 
 def _summary(cls: Any) -> str:
