@@ -131,6 +131,7 @@ def make_scheduler(
 def run_plan(scheduler: Scheduler, plan: StepPlan, end_s: float = 1.0, **result: Any) -> Planned:
     """Run one step with exactly ``plan``."""
     planned = start_plan(scheduler, plan)
+    scheduler.extend_step(planned, result.get("steps", 1))
     scheduler.finish_step(planned, StepResult(end_s, **result))
     return planned
 
@@ -271,9 +272,9 @@ class Drive:
         return request
 
     def abort(self, request: Request, reason: FinishReason = FinishReason.ABORT) -> None:
-        live = not request.done
-        assert self.scheduler.abort(request.id, self.now, reason) is live
-        if live:
+        first = not request.done and request.id not in self.aborted
+        assert self.scheduler.abort(request.id, self.now, reason) is first
+        if first:
             self.aborted.add(request.id)
 
     def start(self) -> bool:
@@ -304,6 +305,10 @@ class Drive:
         plan = self.planned.plan
         self.now += 0.125 * steps
         self.steps += steps
+        if steps > 1:
+            self.scheduler.extend_step(self.planned, steps)
+            for pool in self.scheduler.view.pools.values():
+                assert pool.used == sum(pool.holders().values()) <= pool.total
         self.scheduler.finish_step(self.planned, StepResult(self.now, steps, stopped or {}))
         self.planned = None
         advanced: dict[str, tuple[int, int]] = {}

@@ -102,6 +102,7 @@ class Scheduler:
         self.ended: list[Request] = []
         self._admitted = 0
         self._in_flight: StepPlan | None = None
+        self._steps = 1  # repetitions that the running step has blocks for
         self._source_blocks: list[
             tuple[Tier, str, int]
         ] = []  # to be released when the running step's copies end
@@ -127,12 +128,12 @@ class Scheduler:
         self._waiting[request.id] = request
 
     def abort(self, request_id: str, now: float, reason: FinishReason = FinishReason.ABORT) -> bool:
-        """End a request early; False if it is not live. In a running step it ends with the step."""
+        """End a request early, in a running step with the step. False if it is not live, or ending."""
         request = self._requests.get(request_id)
-        if request is None:
+        if request is None or request_id in self._aborting:
             return False
         if self._in_flight is not None and request.state is not State.WAITING:
-            self._aborting.setdefault(request_id, reason)
+            self._aborting[request_id] = reason
         else:
             self._end(request, State.ABORTED, reason, now)
         return True
@@ -170,14 +171,23 @@ class Scheduler:
             steps //= 2
         return max(1, steps)
 
+    def extend_step(self, planned: Planned, steps: int) -> None:
+        """Let the running step be repeated up to ``steps`` times in all: takes the blocks for that."""
+        if planned.plan is not self._in_flight or self._steps != 1:
+            raise AssertionError("extend_step of a step that is not running, or twice")
+        if steps > 1:
+            for tier, owner, count in self._growth(planned.plan, steps):
+                self.view.pools[tier].take(owner, count)
+            self._steps = steps
+
     def finish_step(self, planned: Planned, result: StepResult) -> None:
         """Commit a step that has run: tokens, copies completed, requests that ended."""
         plan = planned.plan
         if plan is not self._in_flight:
             raise AssertionError("finish_step of a step that is not running")
-        if result.steps > 1:
-            for tier, owner, count in self._growth(plan, result.steps):
-                self.view.pools[tier].take(owner, count)
+        if result.steps != self._steps:
+            raise AssertionError(f"{result.steps} steps finished, {self._steps} were planned")
+        self._steps = 1
         self._in_flight = self.view.in_flight = None
         ended = self._commit_decodes(plan, result)
         ended += self._commit_chunks(plan, result.end_s)
@@ -253,15 +263,15 @@ class Scheduler:
         size, layers = self.view.limits.block_size, self.view.model.layers
         grown: list[tuple[Tier, str, int]] = []
         for batch in plan.batches:
-            for r in batch.decodes:
-                if steps == 1:
-                    if r.computed % size:
-                        continue
-                    blocks = 1
-                else:
-                    blocks = -(-(r.computed + steps) // size) - (r.computed // size + 1)
-                    if not blocks:
-                        continue
+            if steps == 1:
+                growing = [(r, 1) for r in batch.decodes if not r.computed % size]
+            else:
+                growing = [
+                    (r, -(-(r.computed + steps) // size) - (r.computed // size + 1)) for r in batch.decodes
+                ]
+            for r, blocks in growing:
+                if not blocks:
+                    continue
                 if r.tier is not None:
                     grown.append((r.tier, r.id, blocks * layers))
                 else:
@@ -272,13 +282,16 @@ class Scheduler:
 
     def _growth_fits(self, plan: StepPlan, steps: int) -> bool:
         size, layers = self.view.limits.block_size, self.view.model.layers
-        most = (steps // size + 1) * layers * sum([b.sequences for b in plan.batches])
-        if most <= self.view.pools[Tier.GPU].free and most <= self.view.pools[Tier.CPU].free:
+        gpu, cpu = self.view.pools[Tier.GPU], self.view.pools[Tier.CPU]
+        most = (steps // size + 1) * layers  # of one request, whatever its length
+        on_gpu = most * sum([len(b.gpu_decode) + len(b.stream_decode) for b in plan.batches])
+        on_cpu = most * sum([len(b.cpu_decode) + len(b.stream_decode) for b in plan.batches])
+        if on_gpu <= gpu.free and on_cpu <= cpu.free:
             return True
         need = {Tier.GPU: 0, Tier.CPU: 0}
         for tier, _, count in self._growth(plan, steps):
             need[tier] += count
-        return all(need[t] <= self.view.pools[t].free for t in need)
+        return need[Tier.GPU] <= gpu.free and need[Tier.CPU] <= cpu.free
 
     # -- KV that moves ------------------------------------------------------------------------------------
 

@@ -174,23 +174,18 @@ class _Draft:
     def _swap_in(self) -> None:
         room = self.gpu_free - int((1.0 - self.options.swap_in_limit) * self.gpu.total)
         slots = self.view.limits.max_seqs - len(self.gpu_decodes)
-        moved: list[Request] = []
-        for r in self.cpu_candidates:
-            if len(moved) == slots:
-                break
+        count = 0
+        for r in self.cpu_candidates[:slots]:
             blocks = self.view.layer_blocks(r.computed + 1)
             if blocks > room:
-                if self.view.never_fits(r):
-                    continue  # it lives on the CPU for good, and holds up nobody
                 break
             room -= blocks
             self.gpu_free -= blocks
-            moved.append(r)
-        if moved:
-            self.moves += [KVMove(r, Tier.GPU) for r in moved]
-            self.gpu_decodes += tuple(moved)
-            gone = {r.id for r in moved}
-            self.cpu_candidates = [r for r in self.cpu_candidates if r.id not in gone]
+            self.moves.append(KVMove(r, Tier.GPU))
+            count += 1
+        if count:
+            self.gpu_decodes += tuple(self.cpu_candidates[:count])
+            del self.cpu_candidates[:count]
 
     # -- step 3 -------------------------------------------------------------------------------------------
 
@@ -245,8 +240,7 @@ class _Draft:
             length = min(known, budget)
             blocks = view.layer_blocks(known)
             spare = watermark if self.chunks or self.gpu_decodes else 0
-            fits_gpu = blocks <= self.gpu_free - spare and view.never_fits(r) is None
-            if fits_gpu and not to_cpu:
+            if blocks <= self.gpu_free - spare and not to_cpu:
                 self.gpu_free -= blocks
                 dst = Tier.GPU
             else:
@@ -272,7 +266,8 @@ class _Draft:
         most = self.view.limits.max_batch_tokens
         if self.options.prefill == "whole" and request.prompt_tokens > most:
             return f"prompt of {request.prompt_tokens} tokens, a step takes max_batch_tokens = {most}"
-        return self.view.never_fits(request, (Tier.GPU, Tier.CPU))
+        # The CPU tier is no help: on its way there, KV must fit the staging buffer, a layer of the GPU pool.
+        return self.view.never_fits(request)
 
     # -- step 4 -------------------------------------------------------------------------------------------
 

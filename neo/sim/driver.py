@@ -37,16 +37,17 @@ class Client:
     abort_s: float | None = None
 
 
-def delay_until(now: float, then: float) -> float:
-    """The delay d for which ``now + d == then`` in floating point, so that no rounding builds up."""
-    delay = then - now
-    if delay <= 0:
-        return 0.0
-    while now + delay < then:
-        delay = math.nextafter(delay, math.inf)
-    while now + delay > then:
-        delay = math.nextafter(delay, 0.0)
-    return delay
+def until(env: simpy.Environment, then: float) -> Events:
+    """Wait until the clock shows exactly ``then``: times must not depend on how they were reached.
+
+    SimPy adds delays to its clock, and ``now + (then - now)`` may be off by a rounding. A stop on the way
+    makes it exact: from the second half of the way on, ``then - now`` has no rounding error (Sterbenz).
+    """
+    delay = then - env.now
+    if env.now + delay != then:
+        yield env.timeout(delay / 2)
+        delay = then - env.now
+    yield env.timeout(delay)
 
 
 class Simulation:
@@ -106,7 +107,7 @@ class Simulation:
         for client in self.clients:
             request = client.request
             if request.arrival_s > env.now:
-                yield env.timeout(delay_until(env.now, request.arrival_s))
+                yield from until(env, request.arrival_s)
             self.scheduler.add(request)
             if self.log:
                 self.log.add(env.now, request)
@@ -118,10 +119,9 @@ class Simulation:
 
     def _give_up(self, request: Request, after_s: float, reason: FinishReason) -> Events:
         yield self.env.timeout(after_s)
-        if self.scheduler.abort(request.id, self.env.now, reason):
-            if self.log:
-                self.log.end(self.env.now, request.id, reason)
-            self._notify()
+        if self.scheduler.abort(request.id, self.env.now, reason) and self.log:
+            self.log.end(self.env.now, request.id, reason)
+        self._notify()
 
     def _notify(self) -> None:
         if self._wake is not None:
@@ -155,11 +155,12 @@ class Simulation:
             yield from run_operations(env, planned.graph, seconds, self.record.slices, keep)
             ends = [env.now]
         elif most == 1:
-            ends = [start + step_seconds(planned.graph.template, seconds)]
-            yield env.timeout(delay_until(start, ends[0]))
+            ends = [start + float(step_seconds(planned.graph.template, seconds))]
+            yield from until(env, ends[0])
         else:
             seconds, ends = self._repeated(planned, seconds, most, start)
-            yield env.timeout(delay_until(start, ends[-1]))
+            self.scheduler.extend_step(planned, len(ends))
+            yield from until(env, ends[-1])
         self._observe(planned, seconds, start, ends)
         self.scheduler.finish_step(planned, StepResult(ends[-1], len(ends)))
         if self.log:
@@ -172,7 +173,7 @@ class Simulation:
         """Ends of as many repetitions as start before anything else happens, each with its own KV length."""
         template = planned.graph.template
         horizon = self.env.peek()
-        first = step_seconds(template, seconds)
+        first = float(step_seconds(template, seconds))
         if first > 0 and horizon < math.inf:
             most = min(most, int((horizon - start) / first) + 1)
         most = min(most, _MOST_AT_ONCE)

@@ -33,7 +33,7 @@ def run_operations(
             if waiting:
                 yield simpy.AllOf(env, waiting)
             start = env.now
-            yield env.timeout(seconds[op.work])
+            yield env.timeout(float(seconds[op.work]))
         if step is not None:
             slices.append(Slice(step, op.resource, op.kind, op.layer, op.batch, start, env.now))
 

@@ -1,4 +1,4 @@
-"""The simulator: advancing many steps at once, both levels, clients that give up, and what it leaves behind."""
+"""The simulator: many steps at once, both levels, clients that give up, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import BUILT_IN, Chaos, Fixed, ScalarCost, ToyCost, costs, make_scheduler, toy_model
@@ -21,7 +23,7 @@ from neo.core.record import Mode, RunRecord
 from neo.core.request import FinishReason, Request, State, Tier
 from neo.core.runlog import RunLog
 from neo.core.scheduler import Scheduler
-from neo.sim.driver import Client, Simulation, delay_until
+from neo.sim.driver import Client, Simulation, until
 
 Row = tuple[float, int, int, float | None, float | None]  # arrival, prompt, output, timeout, abort
 
@@ -89,7 +91,7 @@ def small(
 SIMULATED = ["gpu-only/chunked", "gpu-only/whole", "neo/chunked", "fastdecode/chunked"]
 
 
-# -- advancing many steps at once -----------------------------------------------------------------------------
+# -- advancing many steps at once -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SIMULATED)
@@ -151,7 +153,7 @@ def test_a_promise_of_few_steps_is_kept_to() -> None:
     assert list(record.columns.steps) == [1, 4, 4, 4, 4, 4, 4, 4, 1]
 
 
-# -- the two levels -------------------------------------------------------------------------------------------
+# -- the two levels -------------------------------------------------------------------------------------
 
 
 def close(a: float | None, b: float | None) -> bool:
@@ -229,13 +231,13 @@ def test_timeline_slices_of_the_first_steps_lie_within_them_and_never_overlap_on
         assert columns.start_s[s.step] <= s.start_s <= s.end_s <= columns.end_s[s.step]
     for resource in {s.resource for s in record.slices}:
         own = sorted((s.start_s, s.end_s) for s in record.slices if s.resource == resource)
-        for (_, end), (start, _) in zip(own, own[1:], strict=False):
+        for (_, end), (start, _) in pairwise(own):
             assert end <= start
     for step in range(6):
         assert max(s.end_s for s in record.slices if s.step == step) == columns.end_s[step]
 
 
-# -- clients that give up -------------------------------------------------------------------------------------
+# -- clients that give up -------------------------------------------------------------------------------
 
 
 def ends_of(rows: Sequence[Row], **options: Any) -> list[float]:
@@ -295,14 +297,14 @@ def test_every_request_ends_once_and_no_block_leaks(name: str, rows: list[Row], 
         assert r.done
         assert (r.generated == r.max_tokens) is (r.finish_reason is FinishReason.LENGTH)
         if r.finish_reason is FinishReason.REJECTED:
-            assert str(r.prompt_tokens) in r.detail
+            assert any(c.isdigit() for c in r.detail)
     for pool in simulation.scheduler.view.pools.values():
         assert pool.holders() == {}
     assert sum(gaps(record).values()) == expected_gaps(record)
     assert record.end_s == max(r.finish_s or 0.0 for r in record.requests)
 
 
-# -- what goes wrong ------------------------------------------------------------------------------------------
+# -- what goes wrong ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -373,7 +375,7 @@ def test_what_ran_before_a_policy_failed_is_kept() -> None:
             return self.inner.plan(view, cost)
 
     rows: list[Row] = [(0.0, 5, 4, None, None), (0.0, 5, 40, None, None)]
-    simulation = Simulation(make_scheduler(FailsLater()), clients_of(rows))
+    simulation = Simulation(make_scheduler(FailsLater(), gpu=24), clients_of(rows))
     with pytest.raises(PolicyError, match="FailsLater raised ZeroDivisionError: by nothing"):
         simulation.run()
     assert simulation.record.requests[0].finish_reason is FinishReason.LENGTH
@@ -385,13 +387,20 @@ def test_an_empty_workload_is_an_empty_record() -> None:
     assert (len(record.columns.steps), record.end_s) == (0, 0.0)
 
 
-@given(now=st.floats(0, 1e9, allow_subnormal=False), more=st.floats(0, 1e4, allow_subnormal=False))
-def test_a_delay_lands_exactly_where_it_should(now: float, more: float) -> None:
-    then = now + more
-    assert now + delay_until(now, then) == then
+@given(
+    first=st.floats(0, 1e6, allow_subnormal=False),
+    then=st.lists(st.floats(0, 1e4, allow_subnormal=False), max_size=4),
+)
+def test_an_idle_system_serves_exactly_at_the_arrival(first: float, then: list[float]) -> None:
+    """However far away the time before was: 1 token is served in under a second, so all find it idle."""
+    arrivals = [first]
+    for more in then:
+        arrivals.append(arrivals[-1] + 1.0 + more)
+    _, record = simulate([(at, 1, 1, None, None) for at in arrivals], small())
+    assert [r.scheduled_s for r in record.requests] == arrivals
 
 
-# -- the run log ----------------------------------------------------------------------------------------------
+# -- the run log ----------------------------------------------------------------------------------------
 
 
 class Recorder:
@@ -458,8 +467,8 @@ def test_the_log_tells_every_step_and_who_was_in_it(name: str, rows: list[Row], 
     try:
         simulation.run()
     except PlanError as stalled:
-        assert name == "chaos"
-        assert stalled.rule == "progress"
+        if name != "chaos" or stalled.rule != "progress":
+            raise
         return
     check_log(file.getvalue(), policy.plans, simulation.record)
 
