@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from neo.cost.presets import hardware_rows, hardware_sources, model_rows, model_sources
@@ -25,7 +26,7 @@ def policies(
     if name is None:
         table = Table("policy", "what it does", title="Policies", title_justify="left")
         for known in policy_names():
-            table.add_row(known, _summary(policy_class(known)))
+            table.add_row(known, escape(_summary(policy_class(known))))
         console.print(table)
         console.print(
             "Options of one: neo policies NAME. Your own: --policy path/to/file.py:Class", highlight=False
@@ -33,15 +34,15 @@ def policies(
         return
     cls = policy_class(name)
     options = policy_options(cls)
-    console.print(_summary(cls), highlight=False)
+    console.print(escape(_summary(cls)), highlight=False)
     if not options:
         console.print("No options.")
         return
     table = Table(
-        "option", "type", "default", "meaning", title=f"--policy-opt of {name}", title_justify="left"
+        "option", "type", "default", "meaning", title=f"--policy-opt of {escape(name)}", title_justify="left"
     )
     for o in options:
-        table.add_row(o.name, o.type, o.default, o.help)
+        table.add_row(*map(escape, (o.name, o.type, o.default, o.help)))
     console.print(table)
 
 
@@ -102,7 +103,7 @@ def _listing(title: str, rows: Sequence[dict[str, Any]]) -> None:
         numeric = all(str(r[column])[:1].isdigit() for r in rows) and column != "name"
         table.add_column(column, justify="right" if numeric else "left", no_wrap=column == "name")
     for row in rows:
-        table.add_row(*(_cell(v) for v in row.values()))
+        table.add_row(*(escape(_cell(v)) for v in row.values()))
     Console().print(table)
 
 

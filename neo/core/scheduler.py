@@ -10,6 +10,7 @@ reports back::
 
 from __future__ import annotations
 
+import traceback
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from neo.core.blocks import BlockPool
 from neo.core.errors import InputError, NeoError, PlanError, PolicyError
 from neo.core.graph import OpKind, StepGraph, Work
+from neo.core.growth import new_layer_blocks, repeats_fit
 from neo.core.pipeline import compile
 from neo.core.plan import EvictMode, KVMove, MoveOrder, StepPlan
 from neo.core.request import FinishReason, Request, State, Tier
@@ -167,7 +169,7 @@ class Scheduler:
             return 1
         decodes = [r for b in plan.batches for r in b.decodes]
         steps = min(plan.repeat + 1, min([r.max_tokens - r.generated for r in decodes]))
-        while steps > 1 and not self._growth_fits(plan, steps):
+        while steps > 1 and not repeats_fit(self.view, plan, steps):
             steps //= 2
         return max(1, steps)
 
@@ -176,7 +178,7 @@ class Scheduler:
         if planned.plan is not self._in_flight or self._steps != 1:
             raise AssertionError("extend_step of a step that is not running, or twice")
         if steps > 1:
-            for tier, owner, count in self._growth(planned.plan, steps):
+            for tier, owner, count in new_layer_blocks(self.view, planned.plan, steps):
                 self.view.pools[tier].take(owner, count)
             self._steps = steps
 
@@ -210,8 +212,10 @@ class Scheduler:
         except NeoError:
             raise
         except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
             name = type(self.policy).__name__
-            raise PolicyError(f"policy {name} raised {type(error).__name__}: {error}") from error
+            raise PolicyError(f"policy {name} raised {type(error).__name__} at {where}: {error}") from error
         if not isinstance(plan, StepPlan):
             raise PolicyError(
                 f"policy {type(self.policy).__name__} returned {type(plan).__name__}, not a StepPlan"
@@ -244,7 +248,7 @@ class Scheduler:
         for batch in plan.batches:
             for c in batch.prefill:
                 self._start_chunk(c.request, c.length, c.dst, now)
-        for tier, owner, count in self._growth(plan, 1):
+        for tier, owner, count in new_layer_blocks(self.view, plan):
             self.view.pools[tier].take(owner, count)
 
     def _start_chunk(self, request: Request, length: int, dst: Tier, now: float) -> None:
@@ -257,41 +261,6 @@ class Scheduler:
             request.host_layers = self._all_layers if dst is Tier.CPU else 0
             if request.scheduled_s is None:
                 request.scheduled_s = now
-
-    def _growth(self, plan: StepPlan, steps: int) -> list[tuple[Tier, str, int]]:
-        """Layer-blocks that decodes need: for their next token (steps 1), or for the repetitions after it."""
-        size, layers = self.view.limits.block_size, self.view.model.layers
-        grown: list[tuple[Tier, str, int]] = []
-        for batch in plan.batches:
-            if steps == 1:
-                growing = [(r, 1) for r in batch.decodes if not r.computed % size]
-            else:
-                growing = [
-                    (r, -(-(r.computed + steps) // size) - (r.computed // size + 1)) for r in batch.decodes
-                ]
-            for r, blocks in growing:
-                if not blocks:
-                    continue
-                if r.tier is not None:
-                    grown.append((r.tier, r.id, blocks * layers))
-                else:
-                    on_host = r.host_layers.bit_count()
-                    grown.append((Tier.CPU, r.id, blocks * on_host))
-                    grown.append((Tier.GPU, r.id, blocks * (layers - on_host)))
-        return grown
-
-    def _growth_fits(self, plan: StepPlan, steps: int) -> bool:
-        size, layers = self.view.limits.block_size, self.view.model.layers
-        gpu, cpu = self.view.pools[Tier.GPU], self.view.pools[Tier.CPU]
-        most = (steps // size + 1) * layers  # of one request, whatever its length
-        on_gpu = most * sum([len(b.gpu_decode) + len(b.stream_decode) for b in plan.batches])
-        on_cpu = most * sum([len(b.cpu_decode) + len(b.stream_decode) for b in plan.batches])
-        if on_gpu <= gpu.free and on_cpu <= cpu.free:
-            return True
-        need = {Tier.GPU: 0, Tier.CPU: 0}
-        for tier, _, count in self._growth(plan, steps):
-            need[tier] += count
-        return need[Tier.GPU] <= gpu.free and need[Tier.CPU] <= cpu.free
 
     # -- KV that moves ------------------------------------------------------------------------------------
 

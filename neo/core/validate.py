@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from neo.core.errors import PlanError
+from neo.core.growth import growing
 from neo.core.plan import EvictMode, KVMove, MoveOrder, StepPlan, SubBatch
 from neo.core.request import Request, State, Tier
 from neo.core.view import SystemView
@@ -66,7 +67,7 @@ def _check_plain(view: SystemView, plan: StepPlan, batch: SubBatch) -> None:
             _check_repeat(plan)
         return
     gpu = view.pools[Tier.GPU]
-    need = decode_growth(view, decodes) * view.model.layers
+    need = growing(view, decodes) * view.model.layers
     if need > gpu.total - gpu.used or plan.repeat < 0:
         _check_blocks(view, plan, {})
         _check_repeat(plan)
@@ -218,21 +219,15 @@ def _check_evictions(view: SystemView, plan: StepPlan) -> None:
             raise PlanError("preemption-bound", f"preempted {r.preemptions} times already", r.id)
 
 
-def decode_growth(view: SystemView, decodes: Sequence[Request]) -> int:
-    """Blocks (whole model) that one more token of each decode needs."""
-    size = view.limits.block_size
-    return [r.computed % size for r in decodes].count(0)
-
-
 def _check_blocks(view: SystemView, plan: StepPlan, moved: dict[str, int]) -> None:
     layers = view.model.layers
     gpu, cpu = view.pools[Tier.GPU], view.pools[Tier.CPU]
     need = {Tier.GPU: 0, Tier.CPU: 0}
     staged = 0
     for batch in plan.batches:
-        need[Tier.GPU] += decode_growth(view, batch.gpu_decode) * layers
+        need[Tier.GPU] += growing(view, batch.gpu_decode) * layers
         if batch.cpu_decode:
-            need[Tier.CPU] += decode_growth(view, batch.cpu_decode) * layers
+            need[Tier.CPU] += growing(view, batch.cpu_decode) * layers
         for r in batch.stream_decode:
             on_host = moved.get(r.id, r.host_layers).bit_count()
             if r.computed % view.limits.block_size == 0:

@@ -6,9 +6,23 @@ import math
 from typing import NamedTuple
 
 from neo.core.graph import OpKind, Work
-from neo.core.pipeline import allreduce_bytes, recv_bytes, send_bytes
+from neo.core.pipeline import allreduce_bytes, compile, recv_bytes, send_bytes
+from neo.core.plan import StepPlan
+from neo.core.request import Tier
 from neo.core.specs import ModelSpec
+from neo.core.timing import durations, step_seconds
+from neo.core.view import SystemView
 from neo.cost.interface import CostModel
+
+
+def plan_seconds(view: SystemView, plan: StepPlan, cost: CostModel) -> float:
+    """How long the simulator would say a plan takes: compiled, priced and timed. 0 without batches."""
+    if not plan.batches:
+        return 0.0
+    gpu = view.pools[Tier.GPU]
+    graph = compile(plan, view.model, view.limits.block_size, gpu.staging_layers)
+    return float(step_seconds(graph.template, durations(graph, cost)))
+
 
 _LEAST_KV = 1024  # KV tokens below which one piece serves
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from neo.core.growth import growing
 from neo.core.plan import Evict, PrefillChunk, Reject, StepPlan, SubBatch
 from neo.core.request import Request, Tier
-from neo.core.validate import decode_growth
 from neo.core.view import SystemView
 from neo.cost.interface import CostModel
 
@@ -48,7 +48,7 @@ class GpuOnly:
         decodes = view.gpu_decodes
         pool = view.pools[Tier.GPU]
         layers = view.model.layers
-        need = decode_growth(view, decodes) * layers
+        need = growing(view, decodes) * layers
         budget = self.step_tokens(view) - len(decodes)
         chunks: list[PrefillChunk] = []
         for r in view.prefilling:

@@ -55,7 +55,7 @@ def policy_class(spec: str) -> Any:
                     f"policy '{spec}' ({entry.value}): {type(error).__name__}: {error}"
                 ) from error
     raise InputError(
-        f"unknown policy '{spec}'{close_matches(spec, policy_names())} 'neo policies' lists them; "
+        f"unknown policy '{spec}'{close_matches(spec, policy_names()) or '.'} 'neo policies' lists them; "
         "your own: --policy path/to/file.py:Class"
     )
 
@@ -101,8 +101,8 @@ def _parse(spec: str, declared: Any, options: Mapping[str, str]) -> Any:
     known = [f.name for f in dataclasses.fields(declared)]
     for name in options:
         if name not in known:
-            close = close_matches(name, known)
-            raise InputError(f"policy '{spec}' has no option '{name}'{close} It has: {', '.join(known)}")
+            close = close_matches(name, known) or "."
+            raise InputError(f"policy '{spec}' has no option '{name}'{close} Options: {', '.join(known)}")
     if not options:
         return declared()
     from pydantic import TypeAdapter, ValidationError

@@ -60,12 +60,12 @@ class System:
         """The header of a run log: everything needed to run the same again (JSON-serialisable)."""
         limits = self.config.limits
         return {
-            "policy": self.config.policy,
+            "policy": _portable(self.config.policy),
             "policy_options": dict(self.config.policy_options),
             "model": self.model.name,
             "tp": self.model.tp,
             "hardware": self.hardware.name,
-            "cost_model": self.config.cost_model.rpartition("/")[2],
+            "cost_model": _portable(self.config.cost_model),
             "cost_options": dict(self.config.cost_options),
             "limits": {name: getattr(limits, name) for name in Limits.__dataclass_fields__},
             "gpu_blocks": self.gpu_blocks,
@@ -78,6 +78,11 @@ class System:
         return Scheduler(
             policy, self.cost, self.model, self.hardware, self.config.limits, self.gpu_blocks, self.cpu_blocks
         )
+
+
+def _portable(spec: str) -> str:
+    """A policy or cost model as it was named, without the folders of an absolute path."""
+    return spec.rpartition("/")[2] if spec.startswith("/") else spec
 
 
 def build_system(config: SystemConfig) -> System:

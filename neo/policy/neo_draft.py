@@ -1,0 +1,386 @@
+"""The two sub-batches of a step of ``neo`` in the making; see ``neo.policy.neo`` for the six steps."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from neo.core.blocks import blocks_for
+from neo.core.growth import growing
+from neo.core.plan import Evict, KVMove, PrefillChunk, Reject, StepPlan, SubBatch
+from neo.core.request import Request, Tier
+from neo.core.view import SystemView
+from neo.policy.estimate import StageTimes
+
+if TYPE_CHECKING:
+    from neo.policy.neo import NeoOptions
+
+
+class Draft:
+    """The two sub-batches of one step in the making."""
+
+    def __init__(self, view: SystemView, times: StageTimes, options: NeoOptions) -> None:
+        self.view = view
+        self.times = times
+        self.options = options
+        self.gpu, self.cpu = view.pools[Tier.GPU], view.pools[Tier.CPU]
+        self.layers = view.model.layers
+        self.gpu_decodes: tuple[Request, ...] = view.gpu_decodes
+        self.moves: list[KVMove] = []
+        self.evict: list[Evict] = []
+        self.reject: list[Reject] = []
+        self.chunks: list[PrefillChunk] = []
+        self.cpu_decodes: tuple[list[Request], list[Request]] = ([], [])
+        self.cpu_kv = [0, 0]
+        self.cpu_candidates: list[Request] = list(view.cpu_decodes)
+        self.gpu_free = self.gpu.free
+        # What CPU-bound prefills under way still need is theirs.
+        under_way = [r for r in view.prefilling if r.tier is Tier.CPU]
+        self.cpu_free = self.cpu.free - sum([view.growth(r, r.remaining_prefill) for r in under_way])
+        self.attention_s = 0.0
+        self.forced = self._starving()
+
+    # -- step 2 -------------------------------------------------------------------------------------------
+
+    def place_gpu_decodes(self) -> None:
+        """GPU decodes into sub-batch 0; swap out what no longer fits, or swap in what does."""
+        under_way = [r for r in self.view.prefilling if r.tier is Tier.GPU]
+        need = growing(self.view, self.gpu_decodes) * self.layers
+        need += sum([self.view.growth(r, r.remaining_prefill) for r in under_way])
+        if need > self.gpu_free:
+            self._make_room(need, under_way)
+        else:
+            self.gpu_free -= need
+            self._swap_in()
+
+    def _make_room(self, need: int, under_way: list[Request]) -> None:
+        """Newest decodes leave for the CPU; where that is full too, they (then prefills) are preempted."""
+        stay = list(self.gpu_decodes)
+        while need > self.gpu_free and len(stay) + len(under_way) > 1:
+            if not stay:
+                victim = under_way.pop()
+                self.evict.append(Evict(victim))
+                need -= self.view.growth(victim, victim.remaining_prefill)
+                self.gpu_free += self.gpu.held(victim.id)
+                continue
+            victim = stay.pop()
+            blocks = self.gpu.held(victim.id)
+            growth = self.view.growth(victim)
+            if blocks + growth <= self.cpu_free:
+                self.moves.append(KVMove(victim, Tier.CPU))
+                self.cpu_free -= blocks
+                self.cpu_candidates.append(victim)
+            else:
+                self.evict.append(Evict(victim))
+            self.gpu_free += blocks
+            need -= growth
+        self.cpu_candidates.sort(key=lambda r: r.sequence)
+        self.gpu_decodes = tuple(stay)
+        self.gpu_free -= need
+
+    def _swap_in(self) -> None:
+        room = self.gpu_free - int((1.0 - self.options.swap_in_limit) * self.gpu.total)
+        slots = self.view.limits.max_seqs - len(self.gpu_decodes)
+        count = 0
+        for r in self.cpu_candidates[:slots]:
+            blocks = self.view.layer_blocks(r.computed + 1)
+            if blocks > room:
+                break
+            room -= blocks
+            self.gpu_free -= blocks
+            self.moves.append(KVMove(r, Tier.GPU))
+            count += 1
+        if count:
+            self.gpu_decodes += tuple(self.cpu_candidates[:count])
+            del self.cpu_candidates[:count]
+
+    # -- step 3 -------------------------------------------------------------------------------------------
+
+    def place_prefills(self) -> None:
+        """Prefills under way, then waiting ones, into sub-batch 0."""
+        view = self.view
+        budget = self._prefill_budget()
+        slots = view.limits.max_seqs - len(self.gpu_decodes)
+        staging = self.gpu.staging_blocks
+        gone = {e.request.id for e in self.evict}
+        size = view.limits.block_size
+        for r in view.prefilling:
+            if r.id in gone:
+                continue
+            length = min(r.remaining_prefill, budget)
+            if r.tier is Tier.CPU:
+                staged = blocks_for(r.computed + length, size)
+                if staged > staging:
+                    continue
+                staging -= staged
+            if length <= 0:
+                break
+            self.chunks.append(PrefillChunk(r, r.computed, length, r.tier or Tier.GPU))
+            budget -= length
+            slots -= 1
+        if not self.evict:
+            self._admit(budget, slots, staging)
+
+    def _prefill_budget(self) -> int:
+        limits = self.view.limits
+        decodes = len(self.gpu_decodes)
+        room = limits.max_batch_tokens - decodes - min(len(self.cpu_candidates), limits.max_batch_tokens // 2)
+        if self.options.prefill == "whole":
+            return room
+        return max(1, min(room, self.options.token_budget - decodes))
+
+    def _admit(self, budget: int, slots: int, staging: int) -> None:
+        view, size = self.view, self.view.limits.block_size
+        to_cpu = False
+        watermark = int(self.gpu.total * self.options.watermark)
+        cpu_watermark = int(self.cpu.total * self.options.watermark)
+        for r in view.waiting:
+            if budget <= 0 or slots <= 0:
+                break
+            if reason := self._unservable(r):
+                self.reject.append(Reject(r, reason))
+                continue
+            known = r.remaining_prefill
+            whole = self.options.prefill == "whole" and known > budget
+            if whole and (known <= view.limits.max_batch_tokens or self.chunks):
+                break
+            length = min(known, budget)
+            blocks = view.layer_blocks(known)
+            spare = watermark if self.chunks or self.gpu_decodes else 0
+            if blocks <= self.gpu_free - spare and not to_cpu:
+                self.gpu_free -= blocks
+                dst = Tier.GPU
+            else:
+                to_cpu = True
+                staged = blocks_for(length, size)
+                spare = cpu_watermark if self.cpu_candidates or self.chunks else 0
+                if blocks > self.cpu_free - spare or staged > staging or view.never_fits(r, (Tier.CPU,)):
+                    break
+                staging -= staged
+                self.cpu_free -= blocks
+                dst = Tier.CPU
+            self.chunks.append(PrefillChunk(r, 0, length, dst))
+            budget -= length
+            slots -= 1
+
+    def _starving(self) -> bool:
+        if not self.cpu_candidates:
+            return False
+        last = self.cpu_candidates[0].last_token_s
+        return last is not None and self.view.now - last > self.options.patience_s
+
+    def _unservable(self, request: Request) -> str | None:
+        most = self.view.limits.max_batch_tokens
+        if self.options.prefill == "whole" and request.prompt_tokens > most:
+            return f"prompt of {request.prompt_tokens} tokens, a step takes max_batch_tokens = {most}"
+        # The CPU tier is no help: on its way there, KV must fit the staging buffer, a layer of the GPU pool.
+        return self.view.never_fits(request)
+
+    # -- step 4 -------------------------------------------------------------------------------------------
+
+    def place_cpu_decodes(self) -> None:
+        """CPU decodes, oldest first, each into the sub-batch with more slack while the CPU stays hidden."""
+        times, limits = self.times, self.view.limits
+        self._time_attention()
+        tokens = [len(self.gpu_decodes) + sum([c.length for c in self.chunks]), 0]
+        slots = limits.max_seqs - len(self.gpu_decodes) - len(self.chunks)
+        slots = min(slots, limits.max_batch_tokens - tokens[0])
+        counts, kv = [0, 0], self.cpu_kv
+        hide0, hide1 = (
+            self.attention_s,
+            times.linear(tokens[0]),
+        )  # what the CPU may take beside each sub-batch
+        cpu0 = cpu1 = 0.0
+        first = self._fill_second(slots, hide1)
+        if first:
+            counts[1] = tokens[1] = first
+            cpu1 = times.cpu_stage(first, kv[1])
+            hide0 += times.linear(first)
+            slots -= first
+        cells = [times.cpu_cell(1, 0), times.cpu_cell(1, 0)]
+        rest, at = self.cpu_candidates[first:], 0
+        while at < len(rest) and slots > 0:
+            r = rest[at]
+            at += 1
+            length = r.computed + 1
+            growth = self.layers if r.computed % limits.block_size == 0 else 0
+            if growth > self.cpu_free and not self._free_cpu_blocks(r):
+                continue
+            which = 1 if hide1 - cpu1 >= hide0 - cpu0 else 0
+            n, tokens_read = counts[which] + 1, kv[which] + length
+            cell = cells[which]
+            if n >= cell[4] or tokens_read >= cell[5]:
+                cell = cells[which] = times.cpu_cell(n, tokens_read)
+            after = cell[0] + n * (cell[1] + cell[3] * tokens_read) + cell[2] * tokens_read
+            wider = times.linear(tokens[which] + 1)
+            forced = self.forced and not (counts[0] or counts[1])
+            if which and (forced or (after <= hide1 and cpu0 <= self.attention_s + wider)):
+                cpu1, hide0 = after, self.attention_s + wider
+            elif not which and after <= hide0 and cpu1 <= wider:
+                cpu0, hide1 = after, wider
+            else:
+                if self.options.skip_longer:
+                    bound = min(r.computed, cell.most_kv(n, hide1 if which else hide0) - kv[which])
+                    rest, at = [x for x in rest[at:] if x.computed < bound], 0
+                continue
+            self.cpu_decodes[which].append(r)
+            tokens[which] += 1
+            counts[which] = n
+            kv[which] = tokens_read
+            self.cpu_free -= growth
+            slots -= 1
+            if self.evict and r.sequence >= self.cpu_candidates[-1].sequence:
+                break  # the rest has been preempted
+
+    def _fill_second(self, slots: int, hide1: float) -> int:
+        """How many of the oldest candidates go into sub-batch 1 before sub-batch 0 has more slack.
+
+        What one by one gives too; but the slacks are monotone in the number taken, so that a bisection over
+        prefix sums finds it with a few questions to the cost model.
+        """
+        times, size = self.times, self.view.limits.block_size
+        kv = [0]
+
+        def taken(count: int) -> bool:
+            if count >= len(kv):
+                more = [r.computed + 1 for r in self.cpu_candidates[len(kv) - 1 : count]]
+                kv.extend(list(accumulate(more, initial=kv[-1]))[1:])
+            slack1 = hide1 - times.cpu_stage(count - 1, kv[count - 1])
+            slack0 = times.linear(count - 1) + self.attention_s
+            return slack1 >= slack0 and times.cpu_stage(count, kv[count]) <= hide1
+
+        most = min(slots, len(self.cpu_candidates))
+        if self.forced or most < 1 or not taken(1):
+            return 0
+        low = 1
+        while low < most and taken(min(2 * low, most)):
+            low = min(2 * low, most)
+        high = min(2 * low - 1, most)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if taken(middle):
+                low = middle
+            else:
+                high = middle - 1
+        chosen = self.cpu_candidates[:low]
+        growth = self.layers * [r.computed % size for r in chosen].count(0)
+        if growth > self.cpu_free:
+            return 0  # one by one, then: someone has to make room
+        self.cpu_decodes[1].extend(chosen)
+        self.cpu_kv[1] = kv[low]
+        self.cpu_free -= growth
+        return low
+
+    def _free_cpu_blocks(self, request: Request) -> bool:
+        """Host memory is full: preempt the newest CPU request so that an older one can grow."""
+        victim = self.cpu_candidates[-1]
+        if victim is request or any(m.request is victim for m in self.moves):
+            return False
+        self.cpu_candidates.pop()
+        self.evict.append(Evict(victim))
+        self.cpu_free += self.cpu.held(victim.id)
+        return True
+
+    def _time_attention(self) -> None:
+        chunks = tuple([(c.start, c.length) for c in self.chunks])
+        kv = sum([r.computed for r in self.gpu_decodes]) + len(self.gpu_decodes)
+        self.attention_s = self.times.gpu_attention(chunks, len(self.gpu_decodes), kv)
+
+    # -- step 5 -------------------------------------------------------------------------------------------
+
+    def drop_prefills(self) -> None:
+        """CPU-bound prefills leave again, newest first, while the CPU stays hidden."""
+        times = self.times
+        first, second = self.cpu_decodes
+        cpu0 = times.cpu_stage(len(first), self.cpu_kv[0])
+        cpu1 = times.cpu_stage(len(second), self.cpu_kv[1])
+        linear1 = times.linear(len(second))
+        tokens = self._tokens0()
+        while self.chunks and self.chunks[-1].dst is Tier.CPU:
+            chunk = self.chunks[-1]
+            if tokens - chunk.length < self.options.min_linear_tokens or cpu1 > times.linear(
+                tokens - chunk.length
+            ):
+                break
+            self.chunks.pop()
+            attention = self.attention_s
+            self._time_attention()
+            if cpu0 > linear1 + self.attention_s:
+                self.chunks.append(chunk)
+                self.attention_s = attention
+                break
+            tokens -= chunk.length
+
+    def _tokens0(self) -> int:
+        return len(self.gpu_decodes) + sum([c.length for c in self.chunks]) + len(self.cpu_decodes[0])
+
+    # -- step 6 -------------------------------------------------------------------------------------------
+
+    def choose(self) -> StepPlan:
+        """The pipelined step, or the GPU-only one if that is estimated to be faster."""
+        first, second = self.cpu_decodes
+        chunks, decodes = tuple(self.chunks), self.gpu_decodes
+        gpu_only = SubBatch(chunks, decodes)
+        if not gpu_only.sequences:
+            return self._without_gpu_work()
+        if not (first or second):
+            return self._plan((gpu_only,), "gpu-only")
+        rate, alone = self.rates()
+        if alone >= rate and not self.forced:
+            return self._plan((gpu_only,), f"gpu-only: {alone:.0f} >= {rate:.0f} pipelined")
+        batches: tuple[SubBatch, ...] = (SubBatch(chunks, decodes, tuple(first)),)
+        if second:
+            batches += (SubBatch(cpu_decode=tuple(second)),)
+        return self._plan(batches, f"pipelined: {rate:.0f} > {alone:.0f} gpu-only")
+
+    def rates(self) -> tuple[float, float]:
+        """Estimated worth per second with the CPU decodes, and without; see ``NeoOptions.worth``."""
+        times, (first, second) = self.times, self.cpu_decodes
+        prefilled = sum([c.length for c in self.chunks])
+        own = len(self.gpu_decodes) + prefilled
+        rows = len(self.gpu_decodes) + len(self.chunks)
+        cpu0 = times.cpu_stage(len(first), self.cpu_kv[0])
+        cpu1 = times.cpu_stage(len(second), self.cpu_kv[1])
+        linear0 = times.linear(own + len(first))
+        extra = len(first) + len(second)
+        if second:
+            layer = max(linear0, cpu1) + max(times.linear(len(second)) + self.attention_s, cpu0)
+        else:
+            layer = linear0 + max(self.attention_s, cpu0)
+        pipelined = self.layers * layer + times.around(own + extra, rows + extra, rows + extra)
+        alone = self.layers * (times.linear(own) + self.attention_s) + times.around(own, rows, rows)
+        decode = self.decode_worth() if self.options.worth == "time" else 1.0
+        worth = prefilled + decode * len(self.gpu_decodes)
+        return (worth + decode * extra) / pipelined, worth / alone
+
+    def decode_worth(self) -> float:
+        """GPU time of a decode in a full GPU-only step, over that of a prefill token."""
+        times = self.times
+        kv = sum(self.cpu_kv) + sum([r.computed for r in self.gpu_decodes])
+        count = len(self.cpu_decodes[0]) + len(self.cpu_decodes[1]) + len(self.gpu_decodes)
+        full = max(1, self.gpu.tokens * count // max(kv, 1))
+        budget = max(self._prefill_budget(), 1)
+        decode = (times.linear(full) + times.gpu_attention((), full, self.gpu.tokens)) / full
+        return decode / (times.linear(budget) / budget)
+
+    def _without_gpu_work(self) -> StepPlan:
+        """Nothing for the GPU to hide the CPU behind: run CPU decodes in one batch, or free their memory."""
+        runnable: list[Request] = []
+        for r in self.cpu_candidates[: self.view.limits.max_seqs]:
+            growth = self.view.growth(r)
+            if growth <= self.cpu_free:
+                self.cpu_free -= growth
+                runnable.append(r)
+        while self.cpu_candidates and not runnable:
+            victim = self.cpu_candidates.pop()
+            self.evict.append(Evict(victim))
+            self.cpu_free += self.cpu.held(victim.id)
+            runnable = [r for r in self.cpu_candidates[:1] if self.view.growth(r) <= self.cpu_free]
+        if runnable:
+            return self._plan((SubBatch(cpu_decode=tuple(runnable)),), "CPU decodes alone")
+        return self._plan((), "nothing to run")
+
+    def _plan(self, batches: tuple[SubBatch, ...], why: str) -> StepPlan:
+        if not batches and not self.reject:
+            return StepPlan(why=why)
+        return StepPlan(batches, tuple(self.moves), tuple(self.evict), tuple(self.reject), why)
