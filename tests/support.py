@@ -159,6 +159,13 @@ def decoding(
     return request
 
 
+def spread(scheduler: Scheduler, request: Request, layers: tuple[int, int], end_s: float = 1.0) -> Planned:
+    """Run a step in which a GPU decode's KV of ``layers`` leaves for the CPU behind it."""
+    move = KVMove(request, Tier.CPU, layers, MoveOrder.AFTER)
+    role = "stream_decode" if request.host_layers else "gpu_decode"
+    return run_plan(scheduler, StepPlan((SubBatch(**{role: (request,)}),), (move,)), end_s)
+
+
 # -- the state of a scheduler, as a value -----------------------------------------------------------------
 
 
@@ -237,17 +244,19 @@ def check_integrity(scheduler: Scheduler) -> None:
 
 
 class Pure:
-    """Asks a policy twice and compares: same view, same plan, and a view that nobody has touched."""
+    """Asks a policy twice, and a fresh one of its kind, and compares: same view, same plan, view untouched."""
 
-    def __init__(self, policy: Any) -> None:
-        self.policy = policy
-        self.staging_layers = getattr(policy, "staging_layers", 0)
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+        self.policy = make()
+        self.staging_layers = getattr(self.policy, "staging_layers", 0)
 
     def plan(self, view: SystemView, cost: Any) -> StepPlan:
         before = view_state(view)
         plan = self.policy.plan(view, cost)
         assert view_state(view) == before, "the policy changed the view"
         assert self.policy.plan(view, cost) == plan, "same view, another plan"
+        assert self.make().plan(view, cost) == plan, "a plan depends on more than the view"
         assert view_state(view) == before, "the policy changed the view"
         check(view, plan)
         return plan

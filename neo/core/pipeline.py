@@ -32,7 +32,7 @@ from neo.core.templates import Shape, WorkKey, template_for
 
 
 def compile(plan: StepPlan, model: ModelSpec, block_size: int = 16, staging_layers: int = 1) -> StepGraph:
-    """The StepGraph of a validated plan with at least one sub-batch.
+    """The StepGraph of a validated plan with at least one sub-batch, before it is applied.
 
     ``staging_layers`` is the number of staging buffers that streamed layers rotate through. Sizes in the
     graph's works are per layer and over all tensor-parallel ranks; copies move whole blocks.
@@ -114,6 +114,7 @@ class _Compiler:
         self.tokens = [b.tokens for b in plan.batches]
         self.sequences = sum([b.sequences for b in plan.batches])
         self.rows = sum([sampled_rows(b) for b in plan.batches])
+        self.at_use = plan.host_layers_at_use(model.layers)
         self.runs = self.stream_runs()
         self.into = self.out = self.spilled = 0
         if plan.moves or plan.evict:
@@ -145,6 +146,10 @@ class _Compiler:
             head=self.rows > 0,
         )
 
+    def host_layers(self, request: Request) -> int:
+        """Bit mask of a request's layers on the CPU when this step uses them."""
+        return self.at_use.get(request.id, request.host_layers)
+
     # -- sizes, per layer ---------------------------------------------------------------------------------
 
     def request_bytes(self, request: Request, extra_tokens: int = 0) -> int:
@@ -159,7 +164,11 @@ class _Compiler:
     def moved_bytes(self, dst: Tier, order: MoveOrder) -> int:
         total = sum([self.move_bytes(m) for m in self.plan.moves if m.dst is dst and m.order is order])
         if dst is Tier.CPU and order is MoveOrder.BEFORE:
-            total += sum([self.request_bytes(e.request) for e in self.plan.evict if e.mode is EvictMode.SWAP])
+            leaving = [e.request for e in self.plan.evict if e.mode is EvictMode.SWAP]
+            layers = self.model.layers
+            total += sum(
+                [self.request_bytes(r) * (layers - r.host_layers.bit_count()) // layers for r in leaving]
+            )
         return total
 
     def new_kv_bytes(self) -> int:
@@ -169,7 +178,7 @@ class _Compiler:
         for batch in self.batches:
             total += token * sum([c.length for c in batch.prefill if c.dst is Tier.CPU])
             if batch.stream_decode:
-                host = sum([r.host_layers.bit_count() for r in batch.stream_decode])
+                host = sum([self.host_layers(r).bit_count() for r in batch.stream_decode])
                 total += -(-host * token // self.model.layers)
         return total
 
@@ -187,7 +196,7 @@ class _Compiler:
         for request in streamed:
             size = self.request_bytes(request)
             for layer in range(layers):
-                if request.host_layers >> layer & 1:
+                if self.host_layers(request) >> layer & 1:
                     per_layer[layer] += size
         return tuple((len(list(g)), nbytes) for nbytes, g in groupby(per_layer))
 

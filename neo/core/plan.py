@@ -113,5 +113,16 @@ class StepPlan:
         """Whether the plan does nothing at all."""
         return not (self.batches or self.moves or self.evict or self.reject)
 
+    def host_layers_at_use(self, layers: int) -> dict[str, int]:
+        """By request id, for requests with a move ordered before use: bit mask of layers then on the CPU."""
+        masks = {}
+        for m in self.moves:
+            if m.order is MoveOrder.BEFORE:
+                start, stop = m.layers or (0, layers)
+                moved = ((1 << (stop - start)) - 1) << start
+                host = m.request.host_layers
+                masks[m.request.id] = host | moved if m.dst is Tier.CPU else host & ~moved
+        return masks
+
 
 IDLE = StepPlan(why="idle")

@@ -156,11 +156,13 @@ class Scheduler:
             if plan.idle:
                 return None
             check(self.view, plan)
+            if not plan.batches:
+                self._apply(plan, now)
+                continue
+            graph = compile(plan, self.view.model, self.view.limits.block_size, self.staging_layers)
             self._apply(plan, now)
-            if plan.batches:
-                self._in_flight = self.view.in_flight = plan
-                model, limits = self.view.model, self.view.limits
-                return Planned(plan, compile(plan, model, limits.block_size, self.staging_layers))
+            self._in_flight = self.view.in_flight = plan
+            return Planned(plan, graph)
         return None
 
     def max_steps(self, plan: StepPlan) -> int:

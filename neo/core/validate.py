@@ -136,10 +136,12 @@ def _check_chunks(batch: SubBatch) -> None:
 def _check_moves(view: SystemView, plan: StepPlan) -> dict[str, int]:
     """Returns, for every request with a move ordered before use, its host layers at the time of use."""
     layers = view.model.layers
-    moved: dict[str, int] = {}
+    if not plan.moves:
+        return {}
     seen: set[str] = set()
     gone = {e.request.id for e in plan.evict}
-    on_gpu = {r.id for b in plan.batches for r in (*b.gpu_decode, *b.stream_decode)} if plan.moves else set()
+    streamed = {r.id for b in plan.batches for r in b.stream_decode}
+    on_gpu = streamed | {r.id for b in plan.batches for r in b.gpu_decode}
     for m in plan.moves:
         r = m.request
         if r.id in seen or r.id in gone:
@@ -156,13 +158,15 @@ def _check_moves(view: SystemView, plan: StepPlan) -> dict[str, int]:
             raise PlanError(
                 "moves", f"{elsewhere.bit_count()} of layers {start}..{stop} are on the {m.dst} already", r.id
             )
-        if m.order is MoveOrder.BEFORE:
-            moved[r.id] = r.host_layers | mask if m.dst is Tier.CPU else r.host_layers & ~mask
-        elif m.dst is Tier.GPU or r.id not in on_gpu:
+        if m.order is MoveOrder.AFTER and (m.dst is Tier.GPU or r.id not in on_gpu):
             raise PlanError(
                 "moves", "only KV of a request that decodes on the GPU in this step can leave behind it", r.id
             )
-    return moved
+        if m.order is MoveOrder.BEFORE and m.dst is Tier.CPU and r.id in streamed:
+            raise PlanError(
+                "moves", "KV that leaves ahead of a step cannot be streamed in it: order AFTER", r.id
+            )
+    return plan.host_layers_at_use(layers)
 
 
 def _check_residency(view: SystemView, batch: SubBatch, moved: dict[str, int]) -> None:

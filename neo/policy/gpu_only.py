@@ -51,8 +51,11 @@ class GpuOnly:
         need = growing(view, decodes) * layers
         budget = self.step_tokens(view) - len(decodes)
         chunks: list[PrefillChunk] = []
+        slots = view.limits.max_seqs - len(decodes)
         for r in view.prefilling:
-            length = min(r.remaining_prefill, max(1, budget))
+            if budget <= 0 or len(chunks) >= slots:
+                break
+            length = min(r.remaining_prefill, budget)
             chunks.append(PrefillChunk(r, r.computed, length))
             need += view.growth(r, length)
             budget -= length

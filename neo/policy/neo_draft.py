@@ -79,8 +79,11 @@ class Draft:
         self.gpu_free -= need
 
     def _swap_in(self) -> None:
-        room = self.gpu_free - int((1.0 - self.options.swap_in_limit) * self.gpu.total)
-        slots = self.view.limits.max_seqs - len(self.gpu_decodes)
+        room = self.gpu_free
+        if self.gpu.used:
+            room -= int((1.0 - self.options.swap_in_limit) * self.gpu.total)
+        limits = self.view.limits
+        slots = max(0, min(limits.max_seqs, limits.max_batch_tokens) - len(self.gpu_decodes))
         count = 0
         for r in self.cpu_candidates[:slots]:
             blocks = self.view.layer_blocks(r.computed + 1)
@@ -108,13 +111,13 @@ class Draft:
             if r.id in gone:
                 continue
             length = min(r.remaining_prefill, budget)
+            if length <= 0 or slots <= 0:
+                break
             if r.tier is Tier.CPU:
                 staged = blocks_for(r.computed + length, size)
                 if staged > staging:
                     continue
                 staging -= staged
-            if length <= 0:
-                break
             self.chunks.append(PrefillChunk(r, r.computed, length, r.tier or Tier.GPU))
             budget -= length
             slots -= 1
@@ -127,11 +130,11 @@ class Draft:
         room = limits.max_batch_tokens - decodes - min(len(self.cpu_candidates), limits.max_batch_tokens // 2)
         if self.options.prefill == "whole":
             return room
-        return max(1, min(room, self.options.token_budget - decodes))
+        return max(0, min(room, self.options.token_budget - decodes))
 
     def _admit(self, budget: int, slots: int, staging: int) -> None:
         view, size = self.view, self.view.limits.block_size
-        to_cpu = False
+        to_cpu = self.forced  # a starving request is to get the GPU's next room
         watermark = int(self.gpu.total * self.options.watermark)
         cpu_watermark = int(self.cpu.total * self.options.watermark)
         for r in view.waiting:
@@ -202,6 +205,8 @@ class Draft:
         while at < len(rest) and slots > 0:
             r = rest[at]
             at += 1
+            if r.sequence > self.cpu_candidates[-1].sequence:
+                break  # the rest has been preempted
             length = r.computed + 1
             growth = self.layers if r.computed % limits.block_size == 0 else 0
             if growth > self.cpu_free and not self._free_cpu_blocks(r):
@@ -229,8 +234,6 @@ class Draft:
             kv[which] = tokens_read
             self.cpu_free -= growth
             slots -= 1
-            if self.evict and r.sequence >= self.cpu_candidates[-1].sequence:
-                break  # the rest has been preempted
 
     def _fill_second(self, slots: int, hide1: float) -> int:
         """How many of the oldest candidates go into sub-batch 1 before sub-batch 0 has more slack.

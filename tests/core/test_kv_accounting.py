@@ -6,7 +6,17 @@ Throughout: 4 layers, blocks of 4 tokens; a request with 9 tokens of KV has 3 bl
 from __future__ import annotations
 
 import pytest
-from support import Fixed, check_integrity, decoding, make_scheduler, run_plan, start_plan, toy_model
+from support import (
+    Fixed,
+    check_integrity,
+    decoding,
+    make_scheduler,
+    run_plan,
+    snapshot,
+    spread,
+    start_plan,
+    toy_model,
+)
 
 from neo.core.graph import NO_BATCH, OpKind, StepGraph
 from neo.core.pipeline import compile
@@ -60,7 +70,7 @@ def test_split_by_layers_and_streamed(layers: tuple[int, int], mask: int) -> Non
     s = scheduler()
     r = decoding(s, "r", 7)
     n = layers[1] - layers[0]
-    run_plan(s, StepPlan((SubBatch(stream_decode=(r,)),), (KVMove(r, CPU, layers),)))
+    spread(s, r, layers)
     assert (r.tier, r.host_layers) == (None, mask)
     assert held(s, r) == (2 * (4 - n), 2 * n)
     assert s.view.split_decodes == (r,)
@@ -88,11 +98,11 @@ def test_layers_are_moved_one_range_after_the_other() -> None:
     s = scheduler()
     r = decoding(s, "r", 8, 20)
     for layers, mask in (((2, 4), 0b1100), ((0, 1), 0b1101), ((1, 2), 0b1111)):
-        batch = SubBatch(cpu_decode=(r,)) if mask == 0b1111 else SubBatch(stream_decode=(r,))
-        run_plan(s, StepPlan((batch,), (KVMove(r, CPU, layers),)))
+        spread(s, r, layers)
         assert r.host_layers == mask
         check_integrity(s)
-    assert (r.tier, r.cpu_steps) == (CPU, 1)
+    assert (r.tier, r.cpu_steps) == (CPU, 0)
+    assert s.view.cpu_decodes == (r,)
 
 
 def test_swap_out_frees_gpu_blocks_for_new_kv_of_the_same_step() -> None:
@@ -224,7 +234,7 @@ def test_trailing_move_of_a_request_that_ends_or_is_aborted_leaves_nothing() -> 
 def test_evict_and_recompute_drops_both_tiers_at_once() -> None:
     s = scheduler()
     a, r = decoding(s, "a"), decoding(s, "r", 8)
-    run_plan(s, StepPlan((SubBatch(stream_decode=(r,)),), (KVMove(r, CPU, (0, 1)),)))
+    spread(s, r, (0, 1))
     planned = start_plan(s, StepPlan((SubBatch(gpu_decode=(a,)),), evict=(Evict(r),)))
     assert held(s, r) == (0, 0)
     assert (r.state, r.tier, r.host_layers) == (State.WAITING, None, 0)
@@ -238,7 +248,7 @@ def test_evict_and_swap_sends_what_is_on_the_gpu(state: str) -> None:
     a = decoding(s, "a")
     r = decoding(s, "r", 8, chunk=6 if state == "prefill" else 0)
     if state == "split":
-        run_plan(s, StepPlan((SubBatch(stream_decode=(r,)),), (KVMove(r, CPU, (0, 1)),)))
+        spread(s, r, (0, 1))
     planned = start_plan(s, StepPlan((SubBatch(gpu_decode=(a,)),), evict=(Evict(r, EvictMode.SWAP),)))
     blocks = -(-r.computed // 4)
     assert held(s, r) == (0, 4 * blocks)
@@ -298,7 +308,10 @@ def test_a_prefill_under_way_moves_with_its_next_chunk() -> None:
 def test_compiling_changes_nothing() -> None:
     s = scheduler()
     r = decoding(s, "r", 8)
-    planned = start_plan(s, StepPlan((SubBatch(stream_decode=(r,)),), (KVMove(r, CPU, (0, 2)),)))
-    again = compile(planned.plan, s.view.model, 4, 1)
-    assert again.template is planned.graph.template, "templates are shared"
-    assert again.works == planned.graph.works
+    before = snapshot(s)
+    plan = StepPlan((SubBatch(cpu_decode=(r,)),), (KVMove(r, CPU),))
+    alone = compile(plan, s.view.model, 4, 1)
+    assert snapshot(s) == before
+    planned = start_plan(s, plan)
+    assert alone.template is planned.graph.template, "templates are shared"
+    assert alone.works == planned.graph.works

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from support import BUILT_IN, Chaos, Fixed, ScalarCost, ToyCost, costs, make_scheduler, toy_model
 
 from neo.core.errors import PlanError, PolicyError
-from neo.core.plan import Evict, KVMove, PrefillChunk, Reject, StepPlan, SubBatch
+from neo.core.plan import Evict, KVMove, MoveOrder, PrefillChunk, Reject, StepPlan, SubBatch
 from neo.core.record import Mode, RunRecord
 from neo.core.request import FinishReason, Request, State, Tier
 from neo.core.runlog import RunLog
@@ -523,7 +523,8 @@ def test_the_log_keeps_moves_evictions_and_rejections() -> None:
         )
 
     def shuffle(view: Any) -> StepPlan:
-        return StepPlan((SubBatch(stream_decode=(a,)),), (KVMove(a, Tier.CPU, (1, 3)),), (Evict(b),))
+        move = KVMove(a, Tier.CPU, (1, 3), MoveOrder.AFTER)
+        return StepPlan((SubBatch(gpu_decode=(a,)),), (move,), (Evict(b),))
 
     file = io.StringIO()
     policy = Recorder(Fixed(admit, shuffle, staging_layers=1))
@@ -535,5 +536,5 @@ def test_the_log_keeps_moves_evictions_and_rejections() -> None:
     lines = [json.loads(line) for line in file.getvalue().splitlines()]
     steps = [line for line in lines if line["type"] == "step"]
     assert steps[0]["reject"] == [["c", "too 1"]]
-    assert steps[1]["moves"] == [["a", "cpu", 1, 3, "before"]]
+    assert steps[1]["moves"] == [["a", "cpu", 1, 3, "after"]]
     assert steps[1]["evict"] == [["b", "recompute"]]
