@@ -27,7 +27,7 @@ $(LINT_STAMP): $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/neo simulate --policy gpu-only --policy neo --hardware g5.16xlarge --model llama-3.1-8b \
-	  --prompt-lengths around:1000:0.1 --output-lengths around:200:0.1 --requests 600 --out $(OUT)
+	  --prompt-lengths azure-conv --output-lengths azure-conv --requests 800 --rate 2 --out $(OUT)
 
 lint: $(LINT_STAMP)
 	$(BIN)/ruff check .

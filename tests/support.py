@@ -244,7 +244,7 @@ def check_integrity(scheduler: Scheduler) -> None:
 
 
 class Pure:
-    """Asks a policy twice, and a fresh one of its kind, and compares: same view, same plan, view untouched."""
+    """Asks a policy twice, and a fresh one of its kind: same view, same plan, and a view left untouched."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make = make

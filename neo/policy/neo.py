@@ -11,6 +11,9 @@ Each step, the six steps of the paper:
 5. CPU-bound prefills out of sub-batch 0 again while the CPU stays hidden, newest first;
 6. the GPU-only alternative (sub-batch 0 without CPU decodes) if it is estimated to do more per second.
 
+Step 3 sends KV to the CPU only if enough requests are there for two sub-batches to pay; below that they would
+just wait on the CPU instead of in the queue, their prefill done at the expense of those who run.
+
 In step 6 the paper counts tokens. A prefill token and a decode token then weigh the same, and under a heavy
 prefill load CPU decodes never pay. By default a decode weighs the GPU time it would take without offload.
 
@@ -56,6 +59,12 @@ class NeoOptions:
         default="time",
         metadata={
             "help": "what a step is judged by: its tokens, as published, or their GPU time without offload"
+        },
+    )
+    eager: bool = field(
+        default=False,
+        metadata={
+            "help": "prefill to the CPU whenever the GPU is full, as published, not only when that can pay"
         },
     )
     skip_longer: bool = field(

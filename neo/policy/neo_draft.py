@@ -134,6 +134,7 @@ class Draft:
 
     def _admit(self, budget: int, slots: int, staging: int) -> None:
         view, size = self.view, self.view.limits.block_size
+        offload = self.options.eager or self._pays(len(view.waiting))
         to_cpu = self.forced  # a starving request is to get the GPU's next room
         watermark = int(self.gpu.total * self.options.watermark)
         cpu_watermark = int(self.cpu.total * self.options.watermark)
@@ -154,6 +155,8 @@ class Draft:
                 self.gpu_free -= blocks
                 dst = Tier.GPU
             else:
+                if not offload:
+                    break
                 to_cpu = True
                 staged = blocks_for(length, size)
                 spare = cpu_watermark if self.cpu_candidates or self.chunks else 0
@@ -165,6 +168,19 @@ class Draft:
             self.chunks.append(PrefillChunk(r, 0, length, dst))
             budget -= length
             slots -= 1
+
+    def _pays(self, waiting: int) -> bool:
+        """Whether there are enough requests for two sub-batches to pay.
+
+        The second one reads all weights again, so that n CPU decodes beside m GPU decodes bring more tokens
+        per second only if (m + n) / (2 Tl + Tga) > m / (Tl + Tga). With fewer, KV on the CPU would just wait
+        there, its prefill done at the expense of those who run.
+        """
+        count = len(self.gpu_decodes)
+        kv = sum([r.computed for r in self.gpu_decodes]) + count
+        linear = self.times.linear(max(count, 1))
+        attention = self.times.gpu_attention((), count, kv)
+        return len(self.cpu_candidates) + waiting >= count * linear / (linear + attention)
 
     def _starving(self) -> bool:
         if not self.cpu_candidates:

@@ -327,7 +327,7 @@ def test_a_policy_that_raises_is_named_and_changes_nothing() -> None:
     stage = Stage()
     stage.scheduler.policy = Careless()
     before = snapshot(stage.scheduler)
-    with pytest.raises(PolicyError, match="policy Careless raised KeyError at .*: 'r7'") as caught:
+    with pytest.raises(PolicyError, match=r"policy Careless raised KeyError at .*: 'r7'") as caught:
         stage.scheduler.plan_step(0.0)
     assert isinstance(caught.value.__cause__, KeyError)
     assert isinstance(caught.value, NeoError)

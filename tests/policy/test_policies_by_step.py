@@ -204,7 +204,8 @@ BROKE: list[tuple[str, Load, dict[str, int], int, int, tuple[float, float, float
     ("neo/chunked", [(0, 7, 13), (0, 12, 13), (0, 16, 14)],
      {"gpu": 12, "cpu": 20, "block_size": 4, "max_seqs": 3, "max_batch_tokens": 10}, 1, 24, (1, 30, 1)),
     # neo: a prompt longer than the staging buffer, at the head of the queue for ever
-    ("neo/whole", [(0, 9, 8), (0, 17, 6), (1, 9, 5), (1, 21, 8), (1, 22, 14), (4, 9, 2), (4, 26, 6), (5, 16, 6)],
+    ("neo/whole",
+     [(0, 9, 8), (0, 17, 6), (1, 9, 5), (1, 21, 8), (1, 22, 14), (4, 9, 2), (4, 26, 6), (5, 16, 6)],
      {"gpu": 11, "cpu": 16, "block_size": 2, "max_seqs": 1, "max_batch_tokens": 36}, 3, 43, (0.05, 30, 50)),
     # neo: the last request needs the whole GPU, and swapping in stops at 95% of it
     ("neo/chunked", [(0, 1, 19), (0, 17, 9), (0, 17, 28), (0, 24, 39), (0, 26, 20), (0, 28, 29), (0, 29, 15)],
@@ -213,8 +214,14 @@ BROKE: list[tuple[str, Load, dict[str, int], int, int, tuple[float, float, float
     ("neo/chunked", [(1, 9, 5), (4, 5, 4)],
      {"gpu": 14, "cpu": 0, "block_size": 4, "max_seqs": 5, "max_batch_tokens": 1}, 2, 21, (1, 1, 1)),
     # neo: swaps in as if prefills under way took no place
-    ("neo/chunked", [(0, 12, 17), (1, 19, 12), (2, 1, 6), (2, 8, 32), (3, 2, 9), (5, 2, 12), (5, 10, 15), (5, 25, 7)],
+    ("neo/chunked",
+     [(0, 12, 17), (1, 19, 12), (2, 1, 6), (2, 8, 32), (3, 2, 9), (5, 2, 12), (5, 10, 15), (5, 25, 7)],
      {"gpu": 11, "cpu": 20, "block_size": 5, "max_seqs": 3, "max_batch_tokens": 6}, 2, 39, (0.05, 0.02, 0.1)),
+    # neo: preempts a CPU request and runs it all the same
+    ("neo/chunked",
+     [(0, 8, 10), (0, 18, 2), (0, 24, 9), (0, 4, 9), (0, 16, 6), (0, 16, 6), (0, 25, 6), (0, 1, 6), (2, 16, 6),
+      (4, 1, 2)],
+     {"gpu": 19, "cpu": 30, "block_size": 4, "max_seqs": 8, "max_batch_tokens": 64}, 3, 24, (1, 1, 1)),
     # fastdecode: decodes grow into the blocks of a prefill under way
     ("fastdecode/chunked", [(0, 4, 8), (0, 4, 13), (0, 11, 9)],
      {"gpu": 13, "cpu": 8, "block_size": 3, "max_seqs": 8, "max_batch_tokens": 10}, 3, 25, (0.05, 1, 1)),

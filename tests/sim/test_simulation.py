@@ -376,7 +376,7 @@ def test_what_ran_before_a_policy_failed_is_kept() -> None:
 
     rows: list[Row] = [(0.0, 5, 4, None, None), (0.0, 5, 40, None, None)]
     simulation = Simulation(make_scheduler(FailsLater(), gpu=24), clients_of(rows))
-    with pytest.raises(PolicyError, match="FailsLater raised ZeroDivisionError at .*: by nothing"):
+    with pytest.raises(PolicyError, match=r"FailsLater raised ZeroDivisionError at .*: by nothing"):
         simulation.run()
     assert simulation.record.requests[0].finish_reason is FinishReason.LENGTH
     assert simulation.record.end_s == simulation.record.requests[0].finish_s
