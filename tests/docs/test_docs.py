@@ -122,7 +122,7 @@ def test_fcfs_serves_everybody_beside_the_built_in_policies(gpu_blocks: int) -> 
 def test_fcfs_breaks_no_invariant(
     load: Any, gpu: int, layers: int, block: int, seqs: int, tokens: int
 ) -> None:
-    policy = Pure(load_object(str(DOCS / "examples/fcfs.py") + ":FCFS", "policy")())
+    policy = Pure(load_object(str(DOCS / "examples/fcfs.py") + ":FCFS", "policy"))
     limits = {"block_size": block, "max_seqs": seqs, "max_batch_tokens": tokens}
     drive = Drive(make_scheduler(policy, gpu=gpu, cpu=0, model=toy_model(layers), **limits))
     for at, prompt, output, gives_up in sorted(load):
