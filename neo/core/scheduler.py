@@ -3,7 +3,7 @@
 It knows no wall clock and does no I/O: the driver passes the time, runs the StepGraph (or prices it) and
 reports back::
 
-    planned = scheduler.plan_step(now)          # policy -> check -> apply -> compile
+    planned = scheduler.plan_step(now)          # policy -> check -> compile -> apply
     ...                                         # run or price planned.graph
     scheduler.finish_step(planned, result)      # tokens, finished requests, freed blocks
 """
