@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import simpy
 
+from neo.core.errors import InputError, NeoError
 from neo.core.graph import OpKind, Resource
 from neo.core.pipeline import bytes_moved
 from neo.core.plan import PrefillChunk, StepPlan
@@ -148,7 +149,7 @@ class Simulation:
 
     def _run_step(self, planned: Planned, start: float) -> Events:
         env = self.env
-        seconds = durations(planned.graph, self.scheduler.cost)
+        seconds = self._price(planned)
         most = self.scheduler.max_steps(planned.plan) if self.repeat and planned.graph.template.serial else 1
         if self.level == "op":
             keep = self._steps if self._steps < self.timeline_steps else None
@@ -159,6 +160,8 @@ class Simulation:
             yield from until(env, ends[0])
         else:
             seconds, ends = self._repeated(planned, seconds, most, start)
+            if not ends[-1] < math.inf:
+                raise self._unpriceable(planned, "gave what is no time")
             self.scheduler.extend_step(planned, len(ends))
             yield from until(env, ends[-1])
         self._observe(planned, seconds, start, ends)
@@ -166,6 +169,29 @@ class Simulation:
         if self.log:
             self.log.step(planned.plan, start, ends[-1], len(ends))
         self._collect_ended()
+
+    def _price(self, planned: Planned) -> list[Any]:
+        try:
+            seconds = durations(planned.graph, self.scheduler.cost)
+            if min(seconds) >= 0.0 and sum(seconds) < math.inf:  # which NaN fails too
+                return seconds
+        except NeoError:
+            raise
+        except Exception as error:
+            raise self._unpriceable(planned, f"raised {type(error).__name__}: {error}") from error
+        raise self._unpriceable(planned, "gave what is no time")
+
+    def _unpriceable(self, planned: Planned, what: str) -> InputError:
+        """The error for a cost model that fails, naming the first operation whose price is no time."""
+        cost, graph = self.scheduler.cost, planned.graph
+        for kind, work in zip(graph.template.kinds, graph.works, strict=True):
+            try:
+                price = float(cost.seconds(kind, work))
+            except Exception:
+                return InputError(f"cost model {type(cost).__name__} {what} ({kind}, {work})")
+            if not 0.0 <= price < math.inf:
+                return InputError(f"cost model {type(cost).__name__} says {price} seconds for {kind}, {work}")
+        return InputError(f"cost model {type(cost).__name__} {what}")
 
     def _repeated(
         self, planned: Planned, seconds: list[Any], most: int, start: float
@@ -219,8 +245,9 @@ class Simulation:
                 self._observe_prefills(batch.prefill, ends[0])
         busy = [0.0] * len(_TRACKED)
         for resource, total in busy_seconds(graph.template, seconds).items():
-            if resource in _TRACKED:
-                busy[_TRACKED[resource]] = record.add_busy(resource, total, steps)
+            at = _TRACKED.get(resource)
+            if at is not None:
+                busy[at] = record.add_busy(resource, total, steps)
         if not graph.template.serial:
             into, out = bytes_moved(graph)
             record.bytes_h2d += into

@@ -92,6 +92,8 @@ def build_system(config: SystemConfig) -> System:
     if model.tp > hardware.gpu_count:
         raise InputError(f"--tp {model.tp}: {hardware.name} has {hardware.gpu_count} GPU(s)")
     cost = load_cost_model(config.cost_model, model, hardware, dict(config.cost_options))
+    if not isinstance(cost.describe(), dict):
+        raise InputError(f"cost model '{config.cost_model}': describe() must return a dict")
     block_bytes = config.limits.block_size * model.kv_bytes_per_token
     gpu = _blocks("gpu", config.kv_gpu_blocks, config.kv_gpu_bytes, block_bytes)
     cpu = _blocks("cpu", config.kv_cpu_blocks, config.kv_cpu_bytes, block_bytes)

@@ -166,8 +166,11 @@ def test_an_abort_that_comes_too_late() -> None:
     scheduler.finish_step(planned, StepResult(4.0))
     assert a.finish_reason is FinishReason.LENGTH
     assert scheduler.ended == [a]
-    scheduler.add(Request("a", 4, 4))
-    assert scheduler.unfinished == 1, "the abort concerned the old request of that name"
+    again = Request("a", 4, 4)
+    scheduler.add(again)
+    run_plan(scheduler, StepPlan((SubBatch((PrefillChunk(again, 0, 4),)),)))
+    assert again.state is State.DECODE, "the abort concerned the old request of that name"
+    assert scheduler.abort("a", 9.0)
 
 
 def test_steps_begin_and_end_in_turn() -> None:

@@ -219,8 +219,8 @@ BROKE: list[tuple[str, Load, dict[str, int], int, int, tuple[float, float, float
      {"gpu": 11, "cpu": 20, "block_size": 5, "max_seqs": 3, "max_batch_tokens": 6}, 2, 39, (0.05, 0.02, 0.1)),
     # neo: preempts a CPU request and runs it all the same
     ("neo/chunked",
-     [(0, 8, 10), (0, 18, 2), (0, 24, 9), (0, 4, 9), (0, 16, 6), (0, 16, 6), (0, 25, 6), (0, 1, 6), (2, 16, 6),
-      (4, 1, 2)],
+     [(0, 8, 10), (0, 18, 2), (0, 24, 9), (0, 4, 9), (0, 16, 6), (0, 16, 6), (0, 25, 6), (0, 1, 6),
+      (2, 16, 6), (4, 1, 2)],
      {"gpu": 19, "cpu": 30, "block_size": 4, "max_seqs": 8, "max_batch_tokens": 64}, 3, 24, (1, 1, 1)),
     # fastdecode: decodes grow into the blocks of a prefill under way
     ("fastdecode/chunked", [(0, 4, 8), (0, 4, 13), (0, 11, 9)],
