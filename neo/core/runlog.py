@@ -4,7 +4,8 @@ Lines, by ``"type"``:
 
 - ``run``: what ran (policy, options, model, hardware, limits, pools, cost model).
 - ``add``: a request entered the scheduler: ``t``, ``id``, ``prompt``, ``max_tokens``, ``priority``.
-- ``end``: a request ended before its length limit: ``t``, ``id``, ``reason``.
+- ``end``: a request was told to end before its length limit: ``t``, ``id``, ``reason``. In a running step it
+  ends with the step; if that brings its last token anyway, it finishes with reason ``length``.
 - ``step``: ``t`` start, ``end``, ``steps`` (repetitions), ``why``, ``batches``, and where present ``moves``,
   ``evict``, ``reject``. In a batch, ``prefill`` lists [id, start, length, tier]; each decode role holds ``n``
   requests and how its membership differs from the same role in the step before: ``add``, ``drop`` (ids).

@@ -384,8 +384,8 @@ class Draft:
 
     def _without_gpu_work(self) -> StepPlan:
         """Nothing for the GPU to hide the CPU behind: run CPU decodes in one batch, or free their memory."""
-        runnable: list[Request] = []
-        for r in self.cpu_candidates[: self.view.limits.max_seqs]:
+        limits, runnable = self.view.limits, list[Request]()
+        for r in self.cpu_candidates[: min(limits.max_seqs, limits.max_batch_tokens)]:
             growth = self.view.growth(r)
             if growth <= self.cpu_free:
                 self.cpu_free -= growth
@@ -400,6 +400,6 @@ class Draft:
         return self._plan((), "nothing to run")
 
     def _plan(self, batches: tuple[SubBatch, ...], why: str) -> StepPlan:
-        if not batches and not self.reject:
-            return StepPlan(why=why)
+        if not batches:
+            return StepPlan(reject=tuple(self.reject), why=why)
         return StepPlan(batches, tuple(self.moves), tuple(self.evict), tuple(self.reject), why)
