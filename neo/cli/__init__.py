@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
 
 import typer
 
 from neo import __version__
 from neo.cli import listings, simulate, trace
-from neo.core.errors import NeoError
+from neo.core.errors import InputError, NeoError
 
 app = typer.Typer(
     name="neo",
@@ -41,16 +43,30 @@ def _options(
 
 def main() -> None:
     """Entry point: errors meant for people become one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a table is worth more than its dashes
+    terminated = []
+
+    def terminate(_number: int, _frame: object) -> None:
+        terminated.append(True)
+        raise KeyboardInterrupt("terminated")  # which leaves partial results, as Ctrl-C does
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         app()
     except NeoError as error:
         sys.exit(fail(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else error.code
+        sys.exit(143 if terminated and code == 130 else code)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        sys.exit(
+            fail(InputError(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
+        )
 
 
 def fail(error: NeoError) -> int:

@@ -45,7 +45,10 @@ PromptLengths = Annotated[
 OutputLengths = Annotated[
     str | None, _option(WORKLOAD, "--output-lengths", help="Synthetic outputs, same forms.")
 ]
-Requests = Annotated[int, _option(WORKLOAD, "--requests", help="Number of synthetic requests.", min=1)]
+Requests = Annotated[
+    int | None,
+    _option(WORKLOAD, "--requests", help="Number of synthetic requests (default: 1000).", min=1),
+]
 Limit = Annotated[
     int | None, _option(WORKLOAD, "--limit", help="Only the first N requests of the trace.", min=1)
 ]

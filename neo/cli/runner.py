@@ -17,6 +17,12 @@ from neo.sim.driver import Simulation
 from neo.sim.setup import System, simulation
 from neo.workload import Workload
 
+_PICTURES = ("latency", "kv", "batch", "utilization", "comparison")
+_OWN_FILES = (
+    *("summary.json", "requests.csv", "steps.jsonl", "timeline.json"),
+    *(f"{name}.{ending}" for name in _PICTURES for ending in ("svg", "png")),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -70,9 +76,11 @@ class Runner:
             )
             try:
                 sim.run()
-            except (NeoError, KeyboardInterrupt) as error:
+            except (NeoError, KeyboardInterrupt, OSError) as error:
                 sim.record.interrupted = " ".join(str(error).split()) or "interrupted"
                 self._finish(sim, time.perf_counter() - started)
+                if isinstance(error, KeyboardInterrupt) and self.output.directory is not None:
+                    print(f"interrupted; partial results in {self.output.directory}", file=sys.stderr)
                 raise
         return self._finish(sim, time.perf_counter() - started)
 
@@ -82,6 +90,8 @@ class Runner:
             return None
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            for name in _OWN_FILES:  # nothing of an earlier run may stand beside this one
+                (directory / name).unlink(missing_ok=True)
             file = stack.enter_context(
                 (directory / "steps.jsonl").open("w", encoding="utf-8", buffering=1 << 20)
             )
@@ -158,5 +168,5 @@ def try_plot(draw: Any) -> None:
     """Draw, or say why not: plots are no reason to lose a run."""
     try:
         draw()
-    except InputError as error:
+    except Exception as error:
         print(f"no plots: {error}", file=sys.stderr)

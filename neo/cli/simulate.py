@@ -11,7 +11,7 @@ from pathlib import Path
 
 from neo.cli import options as opt
 from neo.cli.runner import Output, Runner, try_plot
-from neo.core.errors import InputError
+from neo.core.errors import InputError, NeoError
 from neo.core.plugins import close_matches
 from neo.core.view import Limits
 from neo.policy.registry import policy_class, policy_options
@@ -27,7 +27,7 @@ def simulate(
     format: opt.Format = None,
     prompt_lengths: opt.PromptLengths = None,
     output_lengths: opt.OutputLengths = None,
-    requests: opt.Requests = 1000,
+    requests: opt.Requests = None,
     limit: opt.Limit = None,
     arrivals: opt.Arrivals = None,
     rate: opt.Rate = None,
@@ -85,7 +85,11 @@ def simulate(
     names = policy or ["neo"]
     options = _policy_options(names, _pairs(policy_opt, "--policy-opt"))
     output = Output(
-        out, plots, SLO.parse(slo) if slo else None, drop_first, tuple(portable_command(sys.argv[1:]))
+        out,
+        plots,
+        SLO.parse(slo) if slo is not None else None,
+        drop_first,
+        tuple(portable_command(sys.argv[1:])),
     )
     systems = [build_system(replace(config, policy=n, policy_options=options[n])) for n in names]
     run_level = "op" if timeline or level is opt.Detail.op else "step"
@@ -95,7 +99,12 @@ def simulate(
         runner = Runner(
             system, workload, seed, replace(output, directory=where), run_level, timeline, repeat, timeout
         )
-        results.append(runner.run(show_progress=not quiet and not as_json))
+        try:
+            results.append(runner.run(show_progress=not quiet and not as_json))
+        except (NeoError, KeyboardInterrupt):
+            if results:  # what the policies before this one gave is not lost
+                _show(results, replace(output, plots=False), as_json)
+            raise
     _show(results, output, as_json)
 
 
@@ -105,7 +114,7 @@ def _workload(
     limit: int | None,
     prompts: str | None,
     outputs: str | None,
-    requests: int,
+    requests: int | None,
     arrivals: str | None,
     rate: float | None,
     speedup: float | None,
@@ -115,9 +124,13 @@ def _workload(
     if trace is not None and (prompts or outputs):
         raise InputError("give either --trace or --prompt-lengths and --output-lengths, not both")
     if trace is not None:
+        if requests is not None:
+            raise InputError("--requests is for synthetic lengths; of a trace, --limit takes the first N")
         workload = read_trace(trace, format, limit)
     elif prompts and outputs:
-        workload = synthetic(prompts, outputs, requests, seed)
+        if limit is not None:
+            raise InputError("--limit is for traces; --requests says how many synthetic ones there are")
+        workload = synthetic(prompts, outputs, requests or 1000, seed)
     else:
         raise InputError(
             "no workload: give --trace FILE, or --prompt-lengths and --output-lengths (try azure-code)"
@@ -128,6 +141,8 @@ def _workload(
                 return workload
             arrivals = "gamma" if cv is not None else "recorded"
         else:
+            if speedup is not None:
+                raise InputError("--speedup plays recorded arrivals faster, but these requests have no times")
             arrivals = "gamma" if cv is not None else "poisson" if rate is not None else "all-at-once"
     return apply_arrivals(workload, str(arrivals), rate=rate, speedup=speedup, cv=cv, seed=seed)
 

@@ -65,18 +65,22 @@ def _import_file(where: str, kind: str) -> ModuleType:
         raise InputError(f"{kind} '{where}': not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and pickle look their module up here
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # so that a file can import what lies beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.modules.pop(module_name, None)
         raise InputError(f"{kind} '{where}': {_one_line(error, path)}") from error
+    finally:
+        sys.path.remove(folder)
     return module
 
 
 def _import_module(name: str, kind: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{kind} '{name}': cannot be imported: {_one_line(error, None)}") from error
 
 

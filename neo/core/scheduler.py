@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from neo.core.blocks import BlockPool
@@ -89,6 +90,11 @@ class Scheduler:
         self.policy = policy
         self.cost = cost
         self.staging_layers: int = getattr(policy, "staging_layers", 0)
+        most = max(16, model.layers)
+        if not (isinstance(self.staging_layers, int) and 0 <= self.staging_layers <= most):
+            raise PolicyError(
+                f"policy {self._name}: staging_layers is {self.staging_layers!r}, not 0 to {most}"
+            )
         size = limits.block_size
         pools = {
             Tier.GPU: BlockPool(Tier.GPU, gpu_blocks, model.layers, size, self.staging_layers),
@@ -99,7 +105,13 @@ class Scheduler:
         self._prefilling: dict[str, Request] = {}
         self._decodes: dict[Tier | None, list[Request]] = {Tier.GPU: [], Tier.CPU: [], None: []}
         self.view = SystemView(
-            model, hardware, limits, pools, self._requests, self._waiting.values(), self._prefilling.values()
+            model,
+            hardware,
+            limits,
+            MappingProxyType(pools),
+            self._requests,
+            self._waiting.values(),
+            self._prefilling.values(),
         )
         self.ended: list[Request] = []
         self._admitted = 0
@@ -110,6 +122,10 @@ class Scheduler:
         ] = []  # to be released when the running step's copies end
         self._aborting: dict[str, FinishReason] = {}
         self._all_layers = (1 << model.layers) - 1
+
+    @property
+    def _name(self) -> str:
+        return type(self.policy).__name__
 
     @property
     def unfinished(self) -> int:
@@ -155,12 +171,10 @@ class Scheduler:
             plan = self._ask()
             if plan.idle:
                 return None
-            check(self.view, plan)
-            if not plan.batches:
-                self._apply(plan, now)
-                continue
-            graph = compile(plan, self.view.model, self.view.limits.block_size, self.staging_layers)
+            graph = self._checked(plan)
             self._apply(plan, now)
+            if graph is None:
+                continue
             self._in_flight = self.view.in_flight = plan
             return Planned(plan, graph)
         return None
@@ -213,16 +227,30 @@ class Scheduler:
             plan = self.policy.plan(self.view, self.cost)
         except NeoError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a policy must not end the process that runs it
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
-            name = type(self.policy).__name__
-            raise PolicyError(f"policy {name} raised {type(error).__name__} at {where}: {error}") from error
-        if not isinstance(plan, StepPlan):
             raise PolicyError(
-                f"policy {type(self.policy).__name__} returned {type(plan).__name__}, not a StepPlan"
-            )
+                f"policy {self._name} raised {type(error).__name__} at {where}: {error}"
+            ) from error
+        if not isinstance(plan, StepPlan):
+            raise PolicyError(f"policy {self._name} returned {type(plan).__name__}, not a StepPlan")
         return plan
+
+    def _checked(self, plan: StepPlan) -> StepGraph | None:
+        """The graph of a plan that keeps all rules; None if it only rejects."""
+        try:
+            check(self.view, plan)
+            if not plan.batches:
+                return None
+            return compile(plan, self.view.model, self.view.limits.block_size, self.staging_layers)
+        except NeoError:
+            raise
+        except Exception as error:
+            raise PolicyError(
+                f"policy {self._name} returned a malformed plan ({type(error).__name__}: {error}); "
+                "batches, roles and moves are tuples, as neo.core.plan says"
+            ) from error
 
     def stalled(self) -> PlanError:
         """The error for a driver whose policy stays idle although nothing else will ever happen."""

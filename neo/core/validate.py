@@ -33,6 +33,7 @@ RULES: dict[str, str] = {
 
 def check(view: SystemView, plan: StepPlan) -> None:
     """Raise PlanError, naming rule, request and numbers, if ``plan`` breaks an invariant in ``view``."""
+    _check_types(plan)
     if len(plan.batches) == 1 and not (plan.moves or plan.evict or plan.reject):
         batch = plan.batches[0]
         if batch.gpu_decode is view.gpu_decodes and not (batch.cpu_decode or batch.stream_decode):
@@ -48,6 +49,18 @@ def check(view: SystemView, plan: StepPlan) -> None:
     _check_evictions(view, plan)
     _check_blocks(view, plan, moved)
     _check_repeat(plan)
+
+
+def _check_types(plan: StepPlan) -> None:
+    """A generator where a tuple belongs would be empty the second time somebody looks."""
+    parts: tuple[object, ...] = (plan.batches, plan.moves, plan.evict, plan.reject)
+    for b in plan.batches:
+        parts += (b.prefill, b.gpu_decode, b.cpu_decode, b.stream_decode)
+    for part in parts:
+        if type(part) is not tuple:
+            raise TypeError(f"{type(part).__name__} instead of a tuple")
+    if not isinstance(plan.why, str) or not isinstance(plan.repeat, int):
+        raise TypeError("why is a text and repeat a whole number")
 
 
 def _check_plain(view: SystemView, plan: StepPlan, batch: SubBatch) -> None:

@@ -63,7 +63,7 @@ class SystemView:
         model: ModelSpec,
         hardware: HardwareSpec,
         limits: Limits,
-        pools: dict[Tier, BlockPool],
+        pools: Mapping[Tier, BlockPool],
         requests: Mapping[str, Request],
         waiting: Collection[Request],
         prefilling: Collection[Request],

@@ -10,6 +10,7 @@ from neo.core.plan import Evict, PrefillChunk, Reject, StepPlan, SubBatch
 from neo.core.request import Request, Tier
 from neo.core.view import SystemView
 from neo.cost.interface import CostModel
+from neo.policy.checks import in_range
 
 FOREVER = 1 << 40  # steps
 
@@ -28,6 +29,10 @@ class GpuOnlyOptions:
         default=0.01,
         metadata={"help": "share of GPU blocks kept free when a request is admitted (vLLM: 0.01)"},
     )
+
+    def __post_init__(self) -> None:
+        in_range("token_budget", self.token_budget, 1)
+        in_range("watermark", self.watermark, 0, 0.9)
 
 
 class GpuOnly:

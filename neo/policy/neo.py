@@ -29,6 +29,7 @@ from neo.core.plan import StepPlan
 from neo.core.request import Tier
 from neo.core.view import SystemView
 from neo.cost.interface import CostModel
+from neo.policy.checks import in_range
 from neo.policy.estimate import StageTimes
 from neo.policy.gpu_only import GpuOnly, GpuOnlyOptions
 from neo.policy.neo_draft import Draft
@@ -80,6 +81,14 @@ class NeoOptions:
             "help": "the oldest CPU request runs, hidden or not, once it has waited this long for a token"
         },
     )
+
+    def __post_init__(self) -> None:
+        in_range("token_budget", self.token_budget, 1)
+        in_range("watermark", self.watermark, 0, 0.9)
+        in_range("swap_in_limit", self.swap_in_limit, 0.01, 1)
+        in_range("min_linear_tokens", self.min_linear_tokens, 0)
+        in_range("cpu_launch_s", self.cpu_launch_s, 0)
+        in_range("patience_s", self.patience_s, 0)
 
 
 class Neo:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import simpy
 
-from neo.core.errors import InputError, NeoError
+from neo.core.errors import InputError, NeoError, PolicyError
 from neo.core.graph import OpKind, Resource
 from neo.core.pipeline import bytes_moved
 from neo.core.plan import PrefillChunk, StepPlan
@@ -83,6 +83,7 @@ class Simulation:
         self.repeat = repeat and level == "step"
         self.progress = progress
         self.record = RunRecord(requests=[c.request for c in self.clients])
+        self._submitted = [(r.arrival_s, r.prompt_tokens, r.max_tokens) for r in self.record.requests]
         pools = scheduler.view.pools
         self.record.kv_capacity = {str(t): pools[t].total for t in pools}
         self.record.start_s = self.clients[0].request.arrival_s if self.clients else 0.0
@@ -97,9 +98,18 @@ class Simulation:
         engine = self.env.process(self._engine())
         try:
             self.env.run(until=engine)
-        finally:
-            self.record.end_s = max((r.finish_s or 0.0 for r in self.record.requests), default=0.0)
+        except BaseException:
+            self.record.end_s = self.env.now
+            raise
+        self.record.end_s = max((r.finish_s or 0.0 for r in self.record.requests), default=0.0)
+        self._check_untouched()
         return self.record
+
+    def _check_untouched(self) -> None:
+        """Policies only read; what they may have written would make every figure wrong."""
+        for r, submitted in zip(self.record.requests, self._submitted, strict=True):
+            if (r.arrival_s, r.prompt_tokens, r.max_tokens) != submitted or r.generated > r.max_tokens:
+                raise PolicyError(f"the policy changed request {r.id}; it may only read the view")
 
     # -- processes ----------------------------------------------------------------------------------------
 
@@ -172,12 +182,12 @@ class Simulation:
 
     def _price(self, planned: Planned) -> list[Any]:
         try:
-            seconds = durations(planned.graph, self.scheduler.cost)
+            seconds = [float(s) for s in durations(planned.graph, self.scheduler.cost)]
             if min(seconds) >= 0.0 and sum(seconds) < math.inf:  # which NaN fails too
                 return seconds
         except NeoError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._unpriceable(planned, f"raised {type(error).__name__}: {error}") from error
         raise self._unpriceable(planned, "gave what is no time")
 
@@ -187,7 +197,7 @@ class Simulation:
         for kind, work in zip(graph.template.kinds, graph.works, strict=True):
             try:
                 price = float(cost.seconds(kind, work))
-            except Exception:
+            except (Exception, SystemExit):
                 return InputError(f"cost model {type(cost).__name__} {what} ({kind}, {work})")
             if not 0.0 <= price < math.inf:
                 return InputError(f"cost model {type(cost).__name__} says {price} seconds for {kind}, {work}")
@@ -205,7 +215,12 @@ class Simulation:
         most = min(most, _MOST_AT_ONCE)
         if most <= 1:
             return seconds, [start + first]
-        seconds = self._prices(planned, seconds, most)
+        try:
+            seconds = self._prices(planned, seconds, most)
+        except NeoError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise self._unpriceable(planned, f"raised {type(error).__name__}: {error}") from error
         lengths = np.empty(most + 1)
         lengths[0] = start
         lengths[1:] = step_seconds(template, seconds)
@@ -223,9 +238,12 @@ class Simulation:
                 continue
             kv: Any = work.kv_tokens + work.sequences * np.arange(steps)
             if getattr(cost, "vectorized", False):
-                prices[i] = cost.seconds(kind, work._replace(kv_tokens=kv))
+                price = np.asarray(cost.seconds(kind, work._replace(kv_tokens=kv)), dtype=np.float64)
             else:
-                prices[i] = np.array([cost.seconds(kind, work._replace(kv_tokens=n)) for n in kv.tolist()])
+                price = np.array([float(cost.seconds(kind, work._replace(kv_tokens=n))) for n in kv.tolist()])
+            if price.shape != (steps,) or not price.min() >= 0.0:
+                raise ValueError(f"{steps} times expected, got shape {price.shape}, least {price.min()}")
+            prices[i] = price
         return prices
 
     # -- what the record keeps ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from neo.cost.presets import load_hardware, load_model
 from neo.policy.registry import load_policy
 from neo.sim.driver import Client, Level, Simulation
 from neo.workload.base import Workload
+
+_LATEST_S = 4e9  # more than Unix time; a float64 then resolves half a microsecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,11 @@ def build_system(config: SystemConfig) -> System:
     if model.tp > hardware.gpu_count:
         raise InputError(f"--tp {model.tp}: {hardware.name} has {hardware.gpu_count} GPU(s)")
     cost = load_cost_model(config.cost_model, model, hardware, dict(config.cost_options))
-    if not isinstance(cost.describe(), dict):
+    try:
+        described = isinstance(cost.describe(), dict)
+    except Exception as error:
+        raise InputError(f"cost model '{config.cost_model}': describe() raised {error!r}") from error
+    if not described:
         raise InputError(f"cost model '{config.cost_model}': describe() must return a dict")
     block_bytes = config.limits.block_size * model.kv_bytes_per_token
     gpu = _blocks("gpu", config.kv_gpu_blocks, config.kv_gpu_bytes, block_bytes)
@@ -120,8 +127,14 @@ def _blocks(tier: str, blocks: int | None, size: int | None, block_bytes: int) -
 
 def clients_of(workload: Workload, timeout_s: float | None = None) -> list[Client]:
     """Fresh requests of a workload; ``timeout_s`` applies where the workload names none."""
+    if timeout_s is not None and not 0.0 < timeout_s < math.inf:
+        raise InputError(f"--timeout {timeout_s}: expected a positive number of seconds")
     clients = []
     for r in workload.requests:
+        if not r.arrival_s <= _LATEST_S:
+            raise InputError(
+                f"request {r.id} arrives at {r.arrival_s:g} s; beyond {_LATEST_S:g} s microseconds are lost"
+            )
         request = Request(r.id, r.prompt_tokens, r.output_tokens, r.arrival_s, r.priority)
         clients.append(Client(request, timeout_s if r.timeout_s is None else r.timeout_s, r.abort_s))
     return clients
