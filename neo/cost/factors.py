@@ -6,6 +6,7 @@ Each field carries its unit, what it means and its source. A machine overrides d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -15,6 +16,7 @@ from neo.core.errors import InputError
 from neo.core.plugins import close_matches
 
 _RATIO = "ratio"
+_LEAST, _MOST = 1e-12, 1e12  # beyond these, times become infinite
 
 
 def _factor(default: float, unit: str, doc: str, source: str) -> float:
@@ -169,7 +171,7 @@ class RooflineFactors:
         """A copy with ``values`` (numbers or their text) set; ``where`` names their origin in errors.
 
         Raises:
-            InputError: unknown factor (with close matches), not a number, negative, or a ratio out of range.
+            InputError: unknown factor (with close matches), not a number, or out of range.
         """
         units = {f.name: f.metadata["unit"] for f in fields(self)}
         checked = {}
@@ -185,14 +187,17 @@ class RooflineFactors:
 
 
 def _number(name: str, raw: Any, unit: str, where: str) -> float:
+    """``raw`` as a number within the bounds of its unit; ``graphs``, the one share of a count, may be 0."""
     try:
-        value = float(raw)
-    except (TypeError, ValueError):
+        value = math.nan if isinstance(raw, bool) else float(raw)
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where}: {name}={raw!r} is not a number") from None
-    low_ok = value > 0.0 or (value == 0.0 and (unit != _RATIO or name == "graphs"))
-    if not low_ok or value == float("inf") or (name == "graphs" and value > 1.0):
-        bound = "above 0" if unit == _RATIO and name != "graphs" else "at least 0"
-        raise InputError(
-            f"{where}: {name}={raw} must be {'0 to 1' if name == 'graphs' else 'a number ' + bound}"
-        )
+    if unit != _RATIO:
+        good, bounds = 0.0 <= value <= _MOST, f"within 0 .. {_MOST:g} ({unit})"
+    elif name == "graphs":
+        good, bounds = 0.0 <= value <= 1.0, "a share from 0 to 1"
+    else:
+        good, bounds = _LEAST <= value <= 1.0, f"a share above 0 (at least {_LEAST:g}) and at most 1"
+    if not good:
+        raise InputError(f"{where}: {name}={raw} must be {bounds}")
     return value

@@ -9,21 +9,53 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from neo.core.errors import InputError
 from neo.core.plugins import close_matches
 from neo.cost.factors import RooflineFactors
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(gt=0, strict=True)]
+LEAST, MOST = 1e-12, 1e24
+"""Figures lie within these, so that no time becomes infinite (some also may be 0)."""
 
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0, le=10**12, strict=True)]
+
+_FIGURE = '{value = ..., source = "..."}'
+_ENCODER_DECODERS = (
+    "t5",
+    "mt5",
+    "umt5",
+    "longt5",
+    "bart",
+    "mbart",
+    "pegasus",
+    "marian",
+    "m2m_100",
+    "whisper",
+)
 _BYTES_OF_DTYPE = {"float16": 2, "bfloat16": 2, "half": 2, "float32": 4, "float": 4}
 
 
+def _in_range(value: float) -> float:
+    if not LEAST <= value <= MOST:
+        raise PydanticCustomError("figure_range", f"{value:g} is not within {LEAST:g} .. {MOST:g}")
+    return value
+
+
+def _in_range_or_zero(value: float) -> float:
+    if value and not LEAST <= value <= MOST:
+        raise PydanticCustomError("figure_range", f"{value:g} is neither 0 nor within {LEAST:g} .. {MOST:g}")
+    return value
+
+
+Positive = Annotated[Number, AfterValidator(_in_range)]
+NotNegative = Annotated[Number, AfterValidator(_in_range_or_zero)]
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Figure(_Strict):
@@ -92,6 +124,8 @@ class ModelFile(_Strict):
 class HFConfig(BaseModel):
     """The fields of a Hugging Face ``config.json`` that describe a dense decoder (OPT's names included)."""
 
+    model_config = ConfigDict(strict=True)
+
     hidden_size: Count
     num_hidden_layers: Count
     num_attention_heads: Count
@@ -124,6 +158,7 @@ def first_error(error: ValidationError) -> str:
 
 def check_hardware(data: dict[str, Any], path: Path) -> dict[str, Any]:
     """``data`` of a hardware file, validated; an InputError names file and field."""
+    _check_form(data, path)
     try:
         checked = HardwareFile.model_validate(data)
     except ValidationError as error:
@@ -135,9 +170,32 @@ def check_hardware(data: dict[str, Any], path: Path) -> dict[str, Any]:
                 f"hardware file {path}: efficiency.{factor} is not a factor of the roofline"
                 f"{close_matches(factor, known)}"
             )
+    values = {name: figure.value for name, figure in checked.efficiency.items()}
+    RooflineFactors().with_values(values, f"hardware file {path}: efficiency")
     if checked.gpu_count is not None and checked.gpu_count.value > 1 and checked.gpu_link_bandwidth is None:
         raise InputError(f"hardware file {path}: gpu_link_bandwidth: is missing (gpu_count is above 1)")
     return checked.model_dump(exclude_none=True)
+
+
+def _check_form(data: dict[str, Any], path: Path) -> None:
+    """Figures must be tables; a plain number gets an error that says what to write instead."""
+    figures = [name for name in HardwareFile.model_fields if name not in ("name", "gpu", "cpu")]
+    for key, entry in data.items():
+        if key not in figures:
+            continue
+        if not isinstance(entry, dict):
+            wanted = "tables [efficiency.FACTOR] of" if key == "efficiency" else "expected"
+            raise InputError(f"hardware file {path}: {key}: {wanted} {_FIGURE}, got {entry!r}")
+        for inner, value in entry.items():
+            if inner in HardwareFile.model_fields:
+                form = (
+                    f"expected {_FIGURE} under [{inner}]"
+                    if inner in figures
+                    else "expected before all tables"
+                )
+                raise InputError(f"hardware file {path}: {inner}: {form}; here it is a key of [{key}]")
+            if key == "efficiency" and not isinstance(value, dict):
+                raise InputError(f"hardware file {path}: {key}.{inner}: expected {_FIGURE}, got {value!r}")
 
 
 def check_model(data: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -163,15 +221,13 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     """Model fields from a Hugging Face ``config.json``.
 
     Raises:
-        InputError: file and field, where a field is missing or wrong; a mixture of experts is refused, for
-            ``ModelSpec`` describes dense models only.
+        InputError: file and field, where a field is missing or wrong, or changes sizes in a way that
+            ``ModelSpec``, which describes dense decoders, does not hold.
     """
     data = read_json(path, "model config")
     if not isinstance(data, dict):
         raise InputError(f"model config {path}: holds no JSON object")
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if data.get(key):
-            raise InputError(f"model config {path}: {key}: mixtures of experts are not supported")
+    _refuse_unmodelled(data, path)
     try:
         config = HFConfig.model_validate(data)
     except ValidationError as error:
@@ -201,6 +257,25 @@ def read_hf_config(path: Path) -> dict[str, Any]:
         "dtype_bytes": _hf_dtype_bytes(config, path),
     }
     return _heads_fit(fields, path, "num_attention_heads", "num_key_value_heads")
+
+
+def _refuse_unmodelled(data: dict[str, Any], path: Path) -> None:
+    """An InputError for what makes a model's weights or KV another size than its other fields say."""
+    refused = {
+        "num_experts": "mixtures of experts",
+        "num_local_experts": "mixtures of experts",
+        "n_routed_experts": "mixtures of experts",
+        "quantization_config": "quantized weights",
+        "kv_lora_rank": "latent attention (MLA)",
+        "is_encoder_decoder": "encoder-decoder models",
+    }
+    for key, what in refused.items():
+        if data.get(key):
+            raise InputError(f"model config {path}: {key}: not supported: {what}")
+    if data.get("model_type") in _ENCODER_DECODERS:
+        raise InputError(
+            f"model config {path}: model_type: not supported: encoder-decoder models ('{data['model_type']}')"
+        )
 
 
 def _hf_tied(config: HFConfig) -> bool:

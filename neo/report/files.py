@@ -127,7 +127,7 @@ def build_summary(
         "workload": _portable(meta.workload),
         "seed": meta.seed,
         "requests": count_requests(record),
-        "metrics": compute_metrics(record, slo, drop_first, columns),
+        "metrics": _portable(compute_metrics(record, slo, drop_first, columns)),
         "tensor_parallel": meta.tensor_parallel,
         "cost_model": _portable(meta.cost_model),
         "limits": _portable(meta.limits),
@@ -135,7 +135,7 @@ def build_summary(
         "warnings": _portable(meta.warnings),
         "interrupted": record.interrupted,
         "command": portable_command(meta.command),
-        "wall_time_s": float(meta.wall_time_s),
+        "wall_time_s": _portable(float(meta.wall_time_s)),
     }
 
 
@@ -241,16 +241,16 @@ def portable_command(arguments: Sequence[str]) -> list[str]:
 
 
 def _portable(value: Any) -> Any:
-    """``value`` as JSON holds it: absolute paths cut to names, numpy scalars unwrapped, all finite."""
+    """``value`` as JSON holds it: absolute paths cut to names, numpy scalars unwrapped, NaN and inf None."""
     if isinstance(value, Mapping):
         return {str(k): _portable(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         items = [_portable(v) for v in value]
         return sorted(items, key=str) if isinstance(value, set | frozenset) else items
     if isinstance(value, np.generic):
-        return _portable(value.item())
+        return _portable(float(value) if isinstance(value, np.floating) else value.item())
     if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
+        return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int):
         return value
     text = str(value)

@@ -171,4 +171,4 @@ def tick_seconds(value: float, _position: int | None = None) -> str:
     for limit, scale, unit in ((1e-3, 1e6, "µs"), (0.9999, 1e3, "ms"), (600.0, 1.0, "s")):
         if abs(value) < limit:
             return f"{value * scale:.4g} {unit}"
-    return f"{value / 60:.4g} min"
+    return f"{value / 60:.4g} min" if abs(value) < 36_000 else f"{value / 3600:.4g} h"

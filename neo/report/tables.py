@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from neo.report.metrics import LATENCIES
@@ -38,13 +39,20 @@ def digits(value: float, count: int = 3) -> str:
 
 
 def format_seconds(value: float | None) -> str:
-    """Seconds in the unit that fits: µs, ms, s or min."""
+    """Seconds in the unit that fits, from µs to days."""
     if value is None:
         return NOTHING
-    for limit, scale, unit in ((9.995e-4, 1e6, "µs"), (0.9995, 1e3, "ms"), (6000.0, 1.0, "s")):
+    for limit, scale, unit in (
+        (9.995e-4, 1e6, "µs"),
+        (0.9995, 1e3, "ms"),
+        (6000.0, 1.0, "s"),
+        (36_000.0, 1 / 60, "min"),
+        (360_000.0, 1 / 3600, "h"),
+    ):
         if abs(value) < limit:
             return f"{digits(value * scale)} {unit}" if value else "0 s"
-    return f"{digits(value / 60)} min"
+    days = value / 86_400
+    return f"{digits(days)} days" if abs(days) < 1e7 else f"{days:.3g} days"
 
 
 def format_bytes(value: float | None) -> str:
@@ -136,8 +144,13 @@ def describe_run(summary: Summary) -> str:
 
 
 def run_labels(summaries: Sequence[Summary]) -> list[str]:
-    """A short name for each run: its policy, with what else differs; numbered where nothing does."""
-    labels = [str(s["policy"]) for s in summaries]
+    """A short name for each run: its policy, with what else differs; numbered where nothing does.
+
+    Of a policy from a file the folders are left out, unless two files of one name are compared.
+    """
+    policies = [str(s["policy"]) for s in summaries]
+    short = {policy: _without_folders(policy) for policy in policies}
+    labels = [p if list(short.values()).count(short[p]) > 1 else short[p] for p in policies]
     parts: list[Callable[[Summary], str]] = [
         lambda s: str(s["hardware"]),
         lambda s: str(s["model"]),
@@ -154,6 +167,12 @@ def run_labels(summaries: Sequence[Summary]) -> list[str]:
                 f"{a}, {b}" if b and labels.count(a) > 1 else a for a, b in zip(labels, texts, strict=True)
             ]
     return [f"{a} #{labels[: i + 1].count(a)}" if labels.count(a) > 1 else a for i, a in enumerate(labels)]
+
+
+def _without_folders(policy: str) -> str:
+    """``docs/examples/fcfs.py:FCFS`` as ``fcfs.py:FCFS``."""
+    path, colon, name = policy.rpartition(":")
+    return PurePath(path).name + colon + name if path.endswith(".py") else policy
 
 
 def result_table(summary: Summary) -> Table:
@@ -244,7 +263,15 @@ def comparison_table(summaries: Sequence[Summary]) -> Table:
 
     subjects = {describe_run(s) for s in summaries}
     title = subjects.pop() if len(subjects) == 1 else None
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    caption = "changes (%, ×) are relative to the first column" if len(summaries) > 1 else None
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        pad_edge=False,
+    )
     table.add_column("")
     for label in run_labels(summaries):
         table.add_column(label, justify="right")

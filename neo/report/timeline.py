@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from neo.core.errors import InputError
 from neo.core.graph import OpKind, Resource
 from neo.core.record import Slice
@@ -86,9 +84,12 @@ def _events(slices: Iterable[Slice]) -> Iterator[str]:
             )
         used.add(s.resource)
         layer = "null" if s.layer is None else str(s.layer)
-        label = f"{s.name} b{s.batch}" if s.layer is None else f"{s.name} L{s.layer} b{s.batch}"
+        label = str(s.name) if s.layer is None else f"{s.name} L{s.layer}"
+        batch = "null"
+        if s.batch >= 0:  # SCHEDULE, EMBED, HEAD and moves belong to no sub-batch
+            label, batch = f"{label} b{s.batch}", str(s.batch)
         args = (
-            f'{{"op": {json.dumps(str(s.name))}, "layer": {layer}, "sub_batch": {s.batch}, "step": {s.step}}}'
+            f'{{"op": {json.dumps(str(s.name))}, "layer": {layer}, "sub_batch": {batch}, "step": {s.step}}}'
         )
         yield _slice(label, str(s.name), tid, start, end, args)
         known = steps.get(s.step)
@@ -181,7 +182,7 @@ def _gantt(axes: Axes, slices: Sequence[Slice], lanes: Sequence[str]) -> None:
             lane, width, left=x, height=0.74, color=color, edgecolor=color if crowded else "white",
             linewidth=0.6,
         )  # fmt: skip
-        if s.batch and width * scale > THIN * span:
+        if s.batch > 0 and width * scale > THIN * span:
             # hatching takes the colour of the edge: a second, empty bar
             axes.barh(
                 lane, width, left=x, height=0.74, fill=False, hatch="////", edgecolor="white", linewidth=0
@@ -204,7 +205,7 @@ def _gantt(axes: Axes, slices: Sequence[Slice], lanes: Sequence[str]) -> None:
     handles = [
         Patch(facecolor=color, label=", ".join(n for n in names if _op_color(n) == color)) for color in colors
     ]
-    if len(np.unique([s.batch for s in slices])) > 1:
+    if any(s.batch > 0 for s in slices):
         handles.append(Patch(facecolor="white", edgecolor=style.GREY, label="sub-batch 0"))
         handles.append(Patch(facecolor="white", edgecolor=style.GREY, hatch="////", label="sub-batch 1"))
     style.legend_outside(axes, handles=handles)

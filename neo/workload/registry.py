@@ -90,11 +90,10 @@ def sniff_format(source: Source) -> TraceFormat:
     for name, known in FORMATS.items():
         if name not in before and known.sniff(source):
             return known
-    forms = "; ".join(f"{known.name} ({known.looks_like})" for known in FORMATS.values())
     failed = "".join(f"; {problem}" for problem in problems)
     raise InputError(
         f"{source.name}: cannot tell the trace format from its first line, {shown(source.head_line())}; "
-        f"name the format if it is one of these: {forms}{failed}"
+        f"name it with --format: {', '.join(FORMATS)}{failed}"
     )
 
 

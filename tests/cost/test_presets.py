@@ -13,7 +13,7 @@ from neo.cost import presets
 from neo.cost.factors import RooflineFactors
 from neo.cost.presets import load_hardware, load_model
 from neo.cost.roofline import Roofline
-from neo.cost.schemas import check_hardware, check_model
+from neo.cost.schemas import HardwareFile, check_hardware, check_model
 
 MACHINES = {
     "g4dn.4xlarge",
@@ -117,10 +117,35 @@ def _shipped(kind: str, name: str) -> str:
     return (presets.profiles_dir() / kind / f"{name}.toml").read_text()
 
 
+EXPECTED = r'gpu_bandwidth: expected {value = \.\.\., source = "\.\.\."}'
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("value = 600e9", "value = -1", "gpu_bandwidth.value: Input should be greater than 0"),
+        ("value = 600e9", "value = -1", r"gpu_bandwidth.value: -1 is not within 1e-12 \.\. 1e\+24"),
+        ("value = 600e9", "value = 0", "gpu_bandwidth.value: 0 is not within"),
+        ("value = 600e9", "value = 1e-300", "gpu_bandwidth.value: 1e-300 is not within"),
+        ("value = 600e9", "value = inf", "gpu_bandwidth.value"),
+        ("value = 600e9", 'value = "600"', "gpu_bandwidth.value: Input should be a valid number"),
+        ("value = 600e9", "value = true", "gpu_bandwidth.value: Input should be a valid number"),
+        ("value = 8\n", "value = true\n", "cpu_cores.value: Input should be a valid integer"),
+        ("value = 1e-6", "value = -1e-6", "link_latency.value: -1e-06 is neither 0 nor within"),
+        (
+            "[gpu_bandwidth]",
+            "gpu_bandwidth = 6e9\n[gpu_bw]",
+            EXPECTED + r" under \[gpu_bandwidth\]; here it is a key of",
+        ),
+        (
+            "[link_latency]",
+            "[efficiency]\nlink_efficiency = 1\n[link_latency]",
+            "efficiency.link_efficiency: expected {value = ",
+        ),
+        (
+            "[link_latency]",
+            '[efficiency.link_efficiency]\nvalue = 1.5\nsource = "x"\n[link_latency]',
+            "efficiency: link_efficiency=1.5 must be a share above 0",
+        ),
         ("value = 600e9", "value = nan", "gpu_bandwidth.value"),
         ("[gpu_flops]", "[gpu_flps]", r"gpu_flops: is missing \(and 1 more\)"),
         ('gpu = "NVIDIA A10G"', "", "gpu: is missing"),
@@ -148,11 +173,25 @@ def test_errors_in_a_hardware_file(tmp_path: Path, old: str, new: str, message: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [6e9, "600", True, [600]])
+def test_a_figure_without_a_source(value: object) -> None:
+    with pytest.raises(InputError, match=EXPECTED + ", got ") as caught:
+        check_hardware({"name": "mine", "gpu_bandwidth": value}, Path("mine.toml"))
+    assert str(caught.value).endswith(f", got {value!r}")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("layers = 32", "layers = 0", "layers: Input should be greater than 0"),
         ("layers = 32", "layers = 1.5", "layers"),
+        ("layers = 32", 'layers = "32"', "layers: Input should be a valid integer"),
+        ("layers = 32", "layers = true", "layers: Input should be a valid integer"),
+        (
+            "tied_embeddings = false",
+            'tied_embeddings = "no"',
+            "tied_embeddings: Input should be a valid boolean",
+        ),
         ("kv_heads = 8", "kv_heads = 7", "kv_heads: 7 does not divide heads 32"),
         ("layers = 32", "layer = 32", "layers: is missing"),
         ("mlp_matrices = 3", "mlp_matrices = 4", "mlp_matrices"),
@@ -233,7 +272,11 @@ def test_hugging_face_variants(tmp_path: Path) -> None:
         ({**LLAMA, "num_key_value_heads": 5}, "num_key_value_heads: 5 does not divide"),
         ({**LLAMA, "num_attention_heads": 24}, "num_attention_heads: does not divide hidden_size"),
         ({**LLAMA, "torch_dtype": "int3"}, "torch_dtype: 'int3'"),
-        ({**LLAMA, "num_local_experts": 8}, "num_local_experts: mixtures"),
+        ({**LLAMA, "num_local_experts": 8}, "num_local_experts: not supported: mixtures"),
+        ({**LLAMA, "quantization_config": {"bits": 4}}, "quantization_config: not supported: quantized"),
+        ({**LLAMA, "kv_lora_rank": 512}, "kv_lora_rank: not supported: latent attention"),
+        ({**LLAMA, "is_encoder_decoder": True}, "is_encoder_decoder: not supported: encoder-decoder"),
+        ({**LLAMA, "model_type": "t5"}, "model_type: not supported: encoder-decoder models"),
         ({**OPT, "word_embed_proj_dim": 512}, "word_embed_proj_dim"),
         ("{", "line 1"),
         ("[]", "holds no JSON object"),
@@ -245,6 +288,22 @@ def test_errors_in_a_hugging_face_config(tmp_path: Path, content: Any, message: 
         load_model(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_says_no_to_what_is_not_supported(tmp_path: Path) -> None:
+    no = {"is_encoder_decoder": False, "quantization_config": None, "kv_lora_rank": None}
+    assert load_model(_config(tmp_path, {**LLAMA, **no})).layers == 32
+
+
+def test_the_machine_shown_in_the_docs_loads(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/cost-models.md").read_text(encoding="utf-8")
+    shown = [b.partition("```")[0] for b in page.split("```toml\n")[1:]]
+    (whole,) = [b for b in shown if b.startswith("name = ")]
+    hardware = load_hardware(_edited(tmp_path, whole))
+    assert hardware.efficiency == {"link_efficiency": 1.0}
+    required = {n for n, f in HardwareFile.model_fields.items() if f.is_required()}
+    assert required <= set(tomllib.loads(whole))
+    assert Roofline(load_model("llama-3.1-8b"), hardware).describe()["hardware"]["name"] == hardware.name
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:

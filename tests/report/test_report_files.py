@@ -61,7 +61,7 @@ def test_summary_field_by_field(tmp_path: Path) -> None:
     assert list(summary) == list(SUMMARY)
     assert summary["neo"] == __version__
     assert summary["kind"] == "simulated"
-    assert list(summary["policy_options"].items()) == [("a", "inf"), ("b", 2)]
+    assert list(summary["policy_options"].items()) == [("a", None), ("b", 2)]
     assert summary["requests"] == {"submitted": 60, "completed": 60, "rejected": 0, "aborted": 0}
     assert summary["metrics"] == compute_metrics(record, SLO(ttft_s=1.0))
     assert summary["kv_capacity"] == {
@@ -122,10 +122,24 @@ def test_no_absolute_path_and_no_numpy_value_gets_in(tmp_path: Path) -> None:
     }
     summary = build_summary(RunRecord(), meta(workload=workload, model="/models/m/config.json"))
     assert summary["model"] == "config.json"
-    assert summary["workload"] == {"name": "t.csv", "n": 3, "set": [1, 2], "x": "nan", "path": tmp_path.name}
+    assert summary["workload"] == {"name": "t.csv", "n": 3, "set": [1, 2], "x": None, "path": tmp_path.name}
     assert portable_command(["a", "--out"]) == ["a"]
     assert portable_command(["--model=/x/y.json", "/z"]) == ["--model=y.json", "z"]
     json.dumps(summary, allow_nan=False)
+
+
+def test_numbers_that_are_none_are_written_as_null(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    described = {"a": [1.5, nan, {"b": -inf}], nan: np.float32("inf"), "l": np.longdouble("nan"), "t": (inf,)}
+    record = synthetic_run(5)
+    record.end_s = inf
+    about = meta(cost_model=described, limits={"x": nan}, workload={"rate": inf}, wall_time_s=nan)
+    summary = write_run(tmp_path, record, about)
+    assert read_summary(tmp_path) == summary
+    assert summary["cost_model"] == {"a": [1.5, None, {"b": None}], "nan": None, "l": None, "t": [None]}
+    assert (summary["limits"], summary["workload"]) == ({"x": None}, {"rate": None})
+    assert summary["wall_time_s"] is None
+    assert summary["metrics"]["duration_s"] is None
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

@@ -118,6 +118,24 @@ def test_timeline_is_a_valid_trace(tmp_path: Path) -> None:
             assert round(start * 1000) + round(length * 1000) <= round(following * 1000)
 
 
+def test_what_belongs_to_no_sub_batch_is_named_without(tmp_path: Path) -> None:
+    slices = [
+        Slice(0, "host", "SCHEDULE", None, -1, 0.0, 1.0),
+        Slice(0, "h2d", "SWAP_IN", 3, -1, 1.0, 2.0),
+        Slice(0, "gpu", "PRE", 3, 0, 1.0, 2.0),
+    ]
+    events = [e for e in events_of(write_timeline(slices, tmp_path / "t.json")) if e["ph"] == "X"]
+    assert [e["name"] for e in events] == ["SCHEDULE", "SWAP_IN L3", "PRE L3 b0", "step 0"]
+    assert [e["args"].get("sub_batch") for e in events] == [None, None, 0, None]
+
+
+@needs_matplotlib
+def test_the_picture_of_one_sub_batch_speaks_of_no_second(tmp_path: Path) -> None:
+    slices = [Slice(0, "host", "SCHEDULE", None, -1, 0.0, 1.0), Slice(0, "gpu", "PRE", 3, 0, 1.0, 2.0)]
+    svg, _ = plot_timeline(slices, tmp_path / "step.svg")
+    assert "sub-batch" not in texts(svg)
+
+
 def test_timeline_has_one_slice_per_step(tmp_path: Path) -> None:
     slices = pipelined_slices(steps=2)
     early = slices[-1].start_s - 1e-4  # step 2 is planned while step 1 runs

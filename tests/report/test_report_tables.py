@@ -25,6 +25,8 @@ def show(table: object) -> str:
     [
         (None, "–"), (0.0, "0 s"), (1.5e-5, "15.0 µs"), (0.0123, "12.3 ms"), (0.99964, "1.00 s"),
         (0.9996e-3, "1.00 ms"), (1.0, "1.00 s"), (123.4, "123 s"), (5999.0, "5,999 s"), (7200.0, "120 min"),
+        (35_940.0, "599 min"), (36_000.0, "10.0 h"), (180_000.0, "50.0 h"), (864_000.0, "10.0 days"),
+        (753_153_818 * 60.0, "523,023 days"), (1e300, "1.16e+295 days"), (float("inf"), "inf days"),
     ],
 )  # fmt: skip
 def test_seconds(value: float | None, text: str) -> None:
@@ -75,6 +77,8 @@ def test_comparison_is_against_the_first() -> None:
         "requests", f"{base:.2f}", "req/s", f"{other:.2f}", "req/s", f"{100 * (other / base - 1):+.1f}%",
     ]  # fmt: skip
     assert "goodput" not in text
+    assert text.rstrip().endswith("changes (%, ×) are relative to the first column")
+    assert "relative" not in show(tables.comparison_table(summaries[:1]))
     assert "llama-3.1-8b on g5.16xlarge" in text
 
 
@@ -98,6 +102,16 @@ def test_labels_say_what_differs() -> None:
     assert tables.run_labels([summary(), summary()]) == ["neo #1", "neo #2"]
     rates = [summary(workload={"name": "w", "rate": r}) for r in (1.0, 2.5)]
     assert tables.run_labels(rates) == ["neo, rate 1", "neo, rate 2.5"]
+
+
+def test_labels_of_policies_from_files_have_no_folders() -> None:
+    def labels(*policies: str) -> list[str]:
+        return tables.run_labels([build_summary(RunRecord(), meta(p)) for p in policies])
+
+    assert labels("docs/examples/fcfs.py:FCFS", "neo") == ["fcfs.py:FCFS", "neo"]
+    assert labels("a/p.py:P", "b/p.py:P", "b/p.py:Q") == ["a/p.py:P", "b/p.py:P", "p.py:Q"]
+    assert labels("a/p.py:P", "a/p.py:P") == ["p.py:P #1", "p.py:P #2"]
+    assert labels("package.module:P") == ["package.module:P"]
 
 
 def test_rich_and_matplotlib_are_imported_late() -> None:
