@@ -29,9 +29,12 @@ struct Piece {
     int64_t first_of_sequence; // index of the sequence's first piece
 };
 
+enum class Doing { ATTEND, READ, READ_AHEAD };
+
 struct Decode {
     const neo_cpu_decode &args;
     neo_cpu_pool &pool;
+    Doing doing;
     int32_t group;             // query heads per KV head
     int32_t head_cuts = 1;     // tasks per piece
     int32_t heads_per_cut = 1; // KV heads
@@ -42,6 +45,7 @@ struct Decode {
     float *reference = nullptr;           // [pieces][q_heads]
     float *sum_w = nullptr;               // [pieces][q_heads]
     std::atomic<int64_t> next{0};
+    std::atomic<int32_t> checksum{0}; // of a read
 };
 
 int64_t pieces_of(int32_t length) { return (int64_t{length} + PIECE_TOKENS - 1) / PIECE_TOKENS; }
@@ -65,32 +69,18 @@ void merge(const Decode &decode, const Piece &piece, int32_t first, int32_t end,
     }
 }
 
-void run_task(Decode &decode, int64_t task, float *space) noexcept {
+// What the kernel needs to know of a task; sums go to the piece's place among the partial results.
+NeoPiece describe(const Decode &decode, const Piece &piece, int64_t index, int32_t cut, float *scores) noexcept {
     const neo_cpu_decode &args = decode.args;
     const neo_cpu_cache &cache = *args.cache;
-    const int64_t index = task / decode.head_cuts;
-    const int32_t cut = static_cast<int32_t>(task % decode.head_cuts);
-    const Piece &piece = decode.pieces[index];
     const int32_t kv_first = cut * decode.heads_per_cut;
-    const int32_t kv_heads = std::min(decode.heads_per_cut, cache.kv_heads - kv_first);
-    const int32_t first = kv_first * decode.group;
-    const int32_t heads = kv_heads * decode.group;
-
-    float *scores = space;
-    float *q = scores + 4 * NEO_MAX_SEGMENT;
-    for (int32_t h = 0; h < heads; h++) {
-        const char *row = static_cast<const char *>(args.q) +
-                          (piece.sequence * args.q_stride + (first + h) * args.q_head_stride) *
-                              neo::bytes_of(args.io_dtype);
-        neo::load(args.io_dtype, row, q + h * cache.head_dim, cache.head_dim, args.scale * LOG2_E);
-    }
-    NeoPiece work;
     const int64_t offset = kv_first * cache.head_stride * neo::bytes_of(cache.dtype);
+    const int64_t at = index * args.q_heads + kv_first * decode.group;
+    NeoPiece work;
     work.k = static_cast<const char *>(cache.k) + offset;
     work.v = static_cast<const char *>(cache.v) + offset;
     work.blocks = args.block_tables + piece.sequence * args.table_stride + piece.first / cache.block_size;
-    work.q = q;
-    const int64_t at = index * args.q_heads + first;
+    work.q = scores + 4 * NEO_MAX_SEGMENT;
     work.sum_v = decode.sum_v + at * cache.head_dim;
     work.reference = decode.reference + at;
     work.sum_w = decode.sum_w + at;
@@ -98,11 +88,36 @@ void run_task(Decode &decode, int64_t task, float *space) noexcept {
     work.block_stride = cache.block_stride;
     work.head_stride = cache.head_stride;
     work.tokens = std::min(PIECE_TOKENS, args.lengths[piece.sequence] - piece.first);
-    work.segment = std::max(SEGMENT_TOKENS, cache.block_size);
+    static const int SEG=atoi(getenv("SEG")?getenv("SEG"):"16"), FAR=atoi(getenv("FAR")?getenv("FAR"):"999"), FARV=atoi(getenv("FARV")?getenv("FARV"):"999");
+    work.segment = std::max(SEG, cache.block_size); work.far=FAR; work.farv=FARV;
     work.block_size = cache.block_size;
     work.head_dim = cache.head_dim;
-    work.kv_heads = kv_heads;
+    work.kv_heads = std::min(decode.heads_per_cut, cache.kv_heads - kv_first);
     work.group = decode.group;
+    return work;
+}
+
+void run_task(Decode &decode, int64_t task, float *space) noexcept {
+    const neo_cpu_decode &args = decode.args;
+    const neo_cpu_cache &cache = *args.cache;
+    const int64_t index = task / decode.head_cuts;
+    const int32_t cut = static_cast<int32_t>(task % decode.head_cuts);
+    const Piece &piece = decode.pieces[index];
+    const NeoPiece work = describe(decode, piece, index, cut, space);
+    if (decode.doing != Doing::ATTEND) {
+        decode.checksum.fetch_xor(neo_read(&work, static_cast<int32_t>(neo::bytes_of(cache.dtype)),
+                                           decode.doing == Doing::READ_AHEAD));
+        return;
+    }
+    const int32_t first = cut * decode.heads_per_cut * decode.group;
+    const int32_t heads = work.kv_heads * decode.group;
+    float *q = space + 4 * NEO_MAX_SEGMENT;
+    for (int32_t h = 0; h < heads; h++) {
+        const char *row = static_cast<const char *>(args.q) +
+                          (piece.sequence * args.q_stride + (first + h) * args.q_head_stride) *
+                              neo::bytes_of(args.io_dtype);
+        neo::load(args.io_dtype, row, q + h * cache.head_dim, cache.head_dim, args.scale * LOG2_E);
+    }
     if (cache.dtype == NEO_CPU_FP16)
         neo_attend_f16(&work);
     else if (cache.dtype == NEO_CPU_BF16)
@@ -177,9 +192,7 @@ bool prepare(Decode &decode, int64_t pieces) noexcept {
     return true;
 }
 
-} // namespace
-
-extern "C" neo_cpu_status neo_cpu_decode_attention(neo_cpu_pool *pool, const neo_cpu_decode *args) {
+neo_cpu_status run(neo_cpu_pool *pool, const neo_cpu_decode *args, Doing doing, int32_t *checksum) noexcept {
     neo::clear_error();
     if (pool == nullptr)
         return neo::fail(NEO_CPU_BAD_ARGUMENT, "pool must not be NULL");
@@ -190,19 +203,32 @@ extern "C" neo_cpu_status neo_cpu_decode_attention(neo_cpu_pool *pool, const neo
     int64_t pieces = 0;
     for (int32_t i = 0; i < args->batch; i++) {
         pieces += pieces_of(args->lengths[i]);
-        if (args->lengths[i] == 0)
+        if (args->lengths[i] == 0 && doing == Doing::ATTEND)
             clear_row(*args, i);
     }
     if (pieces == 0)
         return NEO_CPU_OK;
     std::lock_guard<std::mutex> lock(pool->mutex);
-    Decode decode{*args, *pool, args->q_heads / args->cache->kv_heads};
+    Decode decode{*args, *pool, doing, args->q_heads / args->cache->kv_heads};
     cut_by_heads(decode, pieces);
     if (!prepare(decode, pieces))
         return neo::fail(NEO_CPU_NO_MEMORY, "no memory for the partial results of %lld pieces",
                          static_cast<long long>(pieces));
     pool->run(work, &decode);
+    if (checksum != nullptr)
+        *checksum = decode.checksum.load();
     return NEO_CPU_OK;
+}
+
+} // namespace
+
+extern "C" neo_cpu_status neo_cpu_decode_attention(neo_cpu_pool *pool, const neo_cpu_decode *args) {
+    return run(pool, args, Doing::ATTEND, nullptr);
+}
+
+extern "C" neo_cpu_status neo_cpu_read_cache(neo_cpu_pool *pool, const neo_cpu_decode *args, int32_t prefetch,
+                                             int32_t *checksum) {
+    return run(pool, args, prefetch != 0 ? Doing::READ_AHEAD : Doing::READ, checksum);
 }
 
 extern "C" void neo_cpu_run(void *pointer) {

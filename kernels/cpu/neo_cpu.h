@@ -109,6 +109,14 @@ typedef struct neo_cpu_decode {
 
 neo_cpu_status neo_cpu_decode_attention(neo_cpu_pool *pool, const neo_cpu_decode *args);
 
+/*
+ * Reads the bytes that neo_cpu_decode_attention would read, with the same threads in the same order, and computes
+ * nothing: the speed to hold the kernel against. q and out are not used. prefetch: 0 leaves it to the hardware,
+ * 1 asks for memory ahead as the kernel does. checksum receives a number that depends on every byte.
+ */
+neo_cpu_status neo_cpu_read_cache(neo_cpu_pool *pool, const neo_cpu_decode *args, int32_t prefetch,
+                                  int32_t *checksum);
+
 /* ---- append ---- */
 
 /*

@@ -268,6 +268,20 @@ def decode_attention(
     pool.check(c.load().neo_cpu_decode_attention(pool.handle, args))
 
 
+def read_cache(
+    pool: Pool, cache: PagedCache, q: Array | Rows, block_tables: Ints, lengths: Ints, prefetch: bool = False
+) -> int:
+    """Only read what `decode_attention` would, in the same order: the roof to hold it against.
+
+    `q` gives batch and heads; `prefetch` asks for memory ahead as the kernel does. Returns a checksum.
+    """
+    struct = cache.struct()
+    args = _decode_struct(cache, struct, q, q, block_tables, lengths, None, None)
+    checksum = ctypes.c_int32()
+    pool.check(c.load().neo_cpu_read_cache(pool.handle, args, int(prefetch), checksum))
+    return checksum.value
+
+
 def _decode_struct(
     cache: PagedCache,
     struct: c.Cache,
