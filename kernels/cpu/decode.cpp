@@ -18,7 +18,6 @@
 namespace {
 
 constexpr int32_t PIECE_TOKENS = 1024;   // K and V of 8 heads of 128 in fp16: 4 MB, some 300 us
-constexpr int32_t SEGMENT_TOKENS = 16;
 constexpr int64_t TASKS_PER_THREAD = 8;
 constexpr float LOG2_E = 1.44269504f;
 
@@ -29,12 +28,13 @@ struct Piece {
     int64_t first_of_sequence; // index of the sequence's first piece
 };
 
-enum class Doing { ATTEND, READ, READ_AHEAD };
+enum class Doing { ATTEND, READ };
 
 struct Decode {
     const neo_cpu_decode &args;
     neo_cpu_pool &pool;
     Doing doing;
+    bool whole; // fetch all ahead, or only starts
     int32_t group;             // query heads per KV head
     int32_t head_cuts = 1;     // tasks per piece
     int32_t heads_per_cut = 1; // KV heads
@@ -88,12 +88,13 @@ NeoPiece describe(const Decode &decode, const Piece &piece, int64_t index, int32
     work.block_stride = cache.block_stride;
     work.head_stride = cache.head_stride;
     work.tokens = std::min(PIECE_TOKENS, args.lengths[piece.sequence] - piece.first);
-    static const int SEG=atoi(getenv("SEG")?getenv("SEG"):"16"), FAR=atoi(getenv("FAR")?getenv("FAR"):"999"), FARV=atoi(getenv("FARV")?getenv("FARV"):"999");
-    work.segment = std::max(SEG, cache.block_size); work.far=FAR; work.farv=FARV;
+    
+    work.segment = std::max(decode.pool.segment, cache.block_size);
     work.block_size = cache.block_size;
     work.head_dim = cache.head_dim;
     work.kv_heads = std::min(decode.heads_per_cut, cache.kv_heads - kv_first);
     work.group = decode.group;
+    work.whole = decode.whole;
     return work;
 }
 
@@ -105,8 +106,7 @@ void run_task(Decode &decode, int64_t task, float *space) noexcept {
     const Piece &piece = decode.pieces[index];
     const NeoPiece work = describe(decode, piece, index, cut, space);
     if (decode.doing != Doing::ATTEND) {
-        decode.checksum.fetch_xor(neo_read(&work, static_cast<int32_t>(neo::bytes_of(cache.dtype)),
-                                           decode.doing == Doing::READ_AHEAD));
+        decode.checksum.fetch_xor(neo_read(&work, static_cast<int32_t>(neo::bytes_of(cache.dtype))));
         return;
     }
     const int32_t first = cut * decode.heads_per_cut * decode.group;
@@ -209,7 +209,7 @@ neo_cpu_status run(neo_cpu_pool *pool, const neo_cpu_decode *args, Doing doing, 
     if (pieces == 0)
         return NEO_CPU_OK;
     std::lock_guard<std::mutex> lock(pool->mutex);
-    Decode decode{*args, *pool, doing, args->q_heads / args->cache->kv_heads};
+    Decode decode{*args, *pool, doing, pool->whole, args->q_heads / args->cache->kv_heads};
     cut_by_heads(decode, pieces);
     if (!prepare(decode, pieces))
         return neo::fail(NEO_CPU_NO_MEMORY, "no memory for the partial results of %lld pieces",
@@ -226,9 +226,9 @@ extern "C" neo_cpu_status neo_cpu_decode_attention(neo_cpu_pool *pool, const neo
     return run(pool, args, Doing::ATTEND, nullptr);
 }
 
-extern "C" neo_cpu_status neo_cpu_read_cache(neo_cpu_pool *pool, const neo_cpu_decode *args, int32_t prefetch,
+extern "C" neo_cpu_status neo_cpu_read_cache(neo_cpu_pool *pool, const neo_cpu_decode *args,
                                              int32_t *checksum) {
-    return run(pool, args, prefetch != 0 ? Doing::READ_AHEAD : Doing::READ, checksum);
+    return run(pool, args, Doing::READ, checksum);
 }
 
 extern "C" void neo_cpu_run(void *pointer) {

@@ -17,7 +17,7 @@ void neo_store_f16(const float *from, void *to, int32_t n);
 void neo_store_bf16(const float *from, void *to, int32_t n);
 float neo_merge(const float *sum_v, const float *reference, const float *sum_w, int32_t parts, int64_t stride,
                 int32_t head_dim, float *out);
-int32_t neo_read(const NeoPiece *piece, int32_t element_bytes, bool prefetch);
+int32_t neo_read(const NeoPiece *piece, int32_t element_bytes);
 int32_t neo_lanes();
 }
 

@@ -50,12 +50,21 @@ const char *neo_cpu_last_error(void);
 
 typedef struct neo_cpu_pool neo_cpu_pool;
 
+/* How decode attention asks for memory before it needs it; it changes speed only. */
+typedef enum neo_cpu_prefetch {
+    NEO_CPU_PREFETCH_AUTO = 0,   /* what suits the processor */
+    NEO_CPU_PREFETCH_STARTS = 1, /* the first 2 KB of the blocks that come next; the hardware does the rest */
+    NEO_CPU_PREFETCH_WHOLE = 2   /* all of the next head's K and V as well */
+} neo_cpu_prefetch;
+
 typedef struct neo_cpu_pool_options {
     size_t size;
     int32_t threads;      /* that work, the calling thread included: 1 starts none */
     int32_t n_cores;      /* length of `cores`; 0: threads run where the system puts them */
     const int32_t *cores; /* core of worker i is cores[i]; [0] is the caller's and is left alone */
     int32_t spin_us;      /* how long an idle worker spins before it sleeps */
+    int32_t prefetch;     /* neo_cpu_prefetch */
+    int32_t segment;      /* tokens whose scores are taken together: 32, 64 or 128; 0: what suits the processor */
 } neo_cpu_pool_options;
 
 /* A pool may be used from any thread; calls that share one run one after the other. */
@@ -111,11 +120,10 @@ neo_cpu_status neo_cpu_decode_attention(neo_cpu_pool *pool, const neo_cpu_decode
 
 /*
  * Reads the bytes that neo_cpu_decode_attention would read, with the same threads in the same order, and computes
- * nothing: the speed to hold the kernel against. q and out are not used. prefetch: 0 leaves it to the hardware,
- * 1 asks for memory ahead as the kernel does. checksum receives a number that depends on every byte.
+ * nothing: the speed to hold the kernel against. q and out are not used. checksum (NULL is allowed) receives a
+ * number that depends on every byte.
  */
-neo_cpu_status neo_cpu_read_cache(neo_cpu_pool *pool, const neo_cpu_decode *args, int32_t prefetch,
-                                  int32_t *checksum);
+neo_cpu_status neo_cpu_read_cache(neo_cpu_pool *pool, const neo_cpu_decode *args, int32_t *checksum);
 
 /* ---- append ---- */
 

@@ -30,8 +30,8 @@ struct NeoPiece {
     NEO_INT32 block_size;                /* 8, 16 or 32 */
     NEO_INT32 head_dim;                  /* a multiple of 16 */
     NEO_INT32 kv_heads;
-    NEO_INT32 far, farv, lead; /**/
     NEO_INT32 group;                     /* query heads per KV head */
+    NEO_INT32 whole;                     /* ask for all of the next head's K and V ahead, not only for starts */
 };
 
 #define NEO_MAX_SEGMENT 128

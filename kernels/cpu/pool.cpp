@@ -36,6 +36,16 @@ void pin(int core) noexcept {
 #endif
 }
 
+// Whether the processor's own fetching ahead beats ours, given a hint at every jump: measured so on Zen 4, and
+// measured otherwise on Sapphire Rapids.
+bool fetches_well() noexcept {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("amd") != 0;
+#else
+    return true;
+#endif
+}
+
 } // namespace
 
 void *neo::Buffer::reserve(size_t bytes) noexcept {
@@ -50,7 +60,10 @@ void *neo::Buffer::reserve(size_t bytes) noexcept {
 }
 
 neo_cpu_pool::neo_cpu_pool(const neo_cpu_pool_options &options)
-    : per_worker(new neo::Buffer[options.threads]), spin_us_(options.spin_us) {
+    : segment(options.segment != 0 ? options.segment : fetches_well() ? 32 : 64),
+      whole(options.prefetch == NEO_CPU_PREFETCH_AUTO ? !fetches_well()
+                                                      : options.prefetch == NEO_CPU_PREFETCH_WHOLE),
+      per_worker(new neo::Buffer[options.threads]), spin_us_(options.spin_us) {
     workers_.reserve(options.threads - 1);
     try {
         for (int i = 1; i < options.threads; i++)
@@ -154,6 +167,10 @@ neo_cpu_status neo_cpu_pool_create(const neo_cpu_pool_options *options, neo_cpu_
             return neo::fail(NEO_CPU_BAD_ARGUMENT, "cores[%d] is %d", i, options->cores[i]);
     if (options->spin_us < 0)
         return neo::fail(NEO_CPU_BAD_ARGUMENT, "spin_us is %d, must not be negative", options->spin_us);
+    if (options->prefetch < NEO_CPU_PREFETCH_AUTO || options->prefetch > NEO_CPU_PREFETCH_WHOLE)
+        return neo::fail(NEO_CPU_BAD_ARGUMENT, "unknown prefetch %d", options->prefetch);
+    if (options->segment != 0 && options->segment != 32 && options->segment != 64 && options->segment != 128)
+        return neo::fail(NEO_CPU_BAD_ARGUMENT, "segment is %d, must be 0, 32, 64 or 128", options->segment);
     try {
         *pool = new neo_cpu_pool(*options);
     } catch (...) {

@@ -48,6 +48,9 @@ struct neo_cpu_pool {
     void begin_step() noexcept { steps_.fetch_add(1); wake(); }
     bool end_step() noexcept;
 
+    const int segment; // tokens, and
+    const bool whole;  // NEO_CPU_PREFETCH_WHOLE: what decode attention is tuned by
+
     std::mutex mutex;                           // one call at a time
     neo::Buffer shared;                         // partial results
     neo::Buffer tasks;                          // pieces and counters

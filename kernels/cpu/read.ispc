@@ -1,14 +1,14 @@
 // Reads what an attention piece would read, in the same order, and does nothing else: the roof of the kernel.
 
-#include "piece.h"
+#include "ahead.isph"
 
 // One plane of one block; `bytes` is a multiple of 256.
 static inline int read_plane(const uniform int8 *uniform plane, const uniform int8 *uniform ahead, uniform int bytes,
-                             uniform bool prefetch) {
+                             uniform bool whole) {
     int sum = 0;
     for (uniform int at = 0; at < bytes; at += 256) {
         const uniform int32 *uniform from = (const uniform int32 *uniform)(plane + at);
-        if (prefetch) {
+        if (whole) {
             const uniform int8 *uniform to = ahead + at;
             prefetch_l1(to);
             prefetch_l1(to + 64);
@@ -26,9 +26,9 @@ static inline int read_plane(const uniform int8 *uniform plane, const uniform in
     return sum;
 }
 
-export uniform int neo_read(const uniform NeoPiece *uniform piece, uniform int element_bytes,
-                            uniform bool prefetch) {
+export uniform int neo_read(const uniform NeoPiece *uniform piece, uniform int element_bytes) {
     int sum = 0;
+    const uniform bool whole = piece->whole != 0;
     const uniform int bytes = piece->head_dim * piece->block_size * element_bytes;
     const uniform int64 block_bytes = piece->block_stride * element_bytes;
     const uniform int64 head_bytes = piece->head_stride * element_bytes;
@@ -38,22 +38,24 @@ export uniform int neo_read(const uniform NeoPiece *uniform piece, uniform int e
     const uniform int blocks = (piece->tokens + piece->block_size - 1) / piece->block_size;
     for (uniform int first = 0; first < blocks; first += per_segment) {
         const uniform int end = min(first + per_segment, blocks);
-        const uniform int next = first + 2 * per_segment > blocks ? 0 : per_segment;
+        const uniform int next = blocks_after(piece, first * piece->block_size);
         for (uniform int kv = 0; kv < piece->kv_heads; kv++) {
             const uniform bool more = kv + 1 < piece->kv_heads;
-            const uniform int skip = more ? 0 : next;
+            const uniform bool full = next == per_segment;
+            if (!more)
+                fetch_starts(piece, piece->blocks + first + per_segment, next, element_bytes);
+            const uniform int skip = !more && full ? per_segment : 0;
             const uniform int64 offset = kv * head_bytes;
-            const uniform int64 ahead = (more ? kv + 1 : (next == 0 ? kv : 0)) * head_bytes;
+            const uniform int64 ahead = (more ? kv + 1 : (full ? 0 : kv)) * head_bytes;
             for (uniform int b = first; b < end; b++)
                 sum ^= read_plane(k + piece->blocks[b] * block_bytes + offset,
-                                  k + piece->blocks[b + skip] * block_bytes + ahead, bytes, prefetch);
+                                  k + piece->blocks[b + skip] * block_bytes + ahead, bytes, whole);
             for (uniform int b = first; b < end; b++)
                 sum ^= read_plane(v + piece->blocks[b] * block_bytes + offset,
-                                  v + piece->blocks[b + skip] * block_bytes + ahead, bytes, prefetch);
+                                  v + piece->blocks[b + skip] * block_bytes + ahead, bytes, whole);
         }
     }
     uniform int all = 0;
-    for (uniform int i = 0; i < programCount; i++)
-        all ^= extract(sum, i);
+    for (uniform int i = 0; i < programCount; i++) all ^= extract(sum, i);
     return all;
 }

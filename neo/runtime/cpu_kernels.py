@@ -41,6 +41,14 @@ class KVType(IntEnum):
         return np.dtype({KVType.FP32: np.float32, KVType.FP16: np.float16, KVType.BF16: np.uint16}[self])
 
 
+class Prefetch(IntEnum):
+    """How decode attention asks for memory before it needs it (``neo_cpu_prefetch``)."""
+
+    AUTO = 0
+    STARTS = 1
+    WHOLE = 2
+
+
 _BY_NUMPY = {kind.numpy: kind for kind in KVType}
 
 
@@ -156,14 +164,27 @@ class Pool:
     """Threads for the kernels. Close it, or use it as a context manager.
 
     `threads` counts the calling thread; `cores[i]` is where worker i runs (worker 0 is the caller and is not
-    moved); an idle worker spins for `spin_us` before it sleeps, and without limit inside `step()`.
+    moved); an idle worker spins for `spin_us` before it sleeps, and without limit inside `step()`. `prefetch` and
+    `segment` (tokens: 32, 64, 128; 0 lets the library choose) tune decode attention to a processor.
     """
 
-    def __init__(self, threads: int, cores: Sequence[int] | None = None, spin_us: int = 50) -> None:
+    def __init__(
+        self,
+        threads: int,
+        cores: Sequence[int] | None = None,
+        spin_us: int = 50,
+        prefetch: Prefetch = Prefetch.AUTO,
+        segment: int = 0,
+    ) -> None:
         self._library = c.load()
         listed = (ctypes.c_int32 * len(cores))(*cores) if cores is not None else None
         options = c.PoolOptions(
-            threads=threads, n_cores=0 if cores is None else len(cores), cores=listed, spin_us=spin_us
+            threads=threads,
+            n_cores=0 if cores is None else len(cores),
+            cores=listed,
+            spin_us=spin_us,
+            prefetch=int(prefetch),
+            segment=segment,
         )
         handle = ctypes.c_void_p()
         self._handle: ctypes.c_void_p | None = None
@@ -269,16 +290,16 @@ def decode_attention(
 
 
 def read_cache(
-    pool: Pool, cache: PagedCache, q: Array | Rows, block_tables: Ints, lengths: Ints, prefetch: bool = False
+    pool: Pool, cache: PagedCache, q: Array | Rows, block_tables: Ints, lengths: Ints
 ) -> int:
     """Only read what `decode_attention` would, in the same order: the roof to hold it against.
 
-    `q` gives batch and heads; `prefetch` asks for memory ahead as the kernel does. Returns a checksum.
+    `q` gives batch and heads. Returns a checksum.
     """
     struct = cache.struct()
     args = _decode_struct(cache, struct, q, q, block_tables, lengths, None, None)
     checksum = ctypes.c_int32()
-    pool.check(c.load().neo_cpu_read_cache(pool.handle, args, int(prefetch), checksum))
+    pool.check(c.load().neo_cpu_read_cache(pool.handle, args, checksum))
     return checksum.value
 
 

@@ -40,6 +40,8 @@ class PoolOptions(Sized):
         ("n_cores", c_int32),
         ("cores", POINTER(c_int32)),
         ("spin_us", c_int32),
+        ("prefetch", c_int32),
+        ("segment", c_int32),
     )
 
 
@@ -146,7 +148,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "neo_cpu_pool_begin_step": (status, [pool]),
         "neo_cpu_pool_end_step": (status, [pool]),
         "neo_cpu_decode_attention": (status, [pool, POINTER(Decode)]),
-        "neo_cpu_read_cache": (status, [pool, POINTER(Decode), c_int32, POINTER(c_int32)]),
+        "neo_cpu_read_cache": (status, [pool, POINTER(Decode), POINTER(c_int32)]),
         "neo_cpu_append_kv": (status, [pool, POINTER(Append)]),
         "neo_cpu_run": (None, [c_void_p]),
     }
