@@ -264,7 +264,9 @@ def _table(block_tables: Ints) -> tuple[int, int]:
 def _rows(value: Array | Rows, name: str, heads: int | None, cache: PagedCache) -> Rows:
     rows = value if isinstance(value, Rows) else Rows.of(value, name)
     if rows.shape[2] != cache.head_dim or (heads is not None and rows.shape[1] != heads):
-        raise ValueError(f"{name} has shape {rows.shape}, the cache {heads or 'any'} heads of {cache.head_dim}")
+        raise ValueError(
+            f"{name} has shape {rows.shape}, the cache {heads or 'any'} heads of {cache.head_dim}"
+        )
     return rows
 
 
@@ -289,9 +291,7 @@ def decode_attention(
     pool.check(c.load().neo_cpu_decode_attention(pool.handle, args))
 
 
-def read_cache(
-    pool: Pool, cache: PagedCache, q: Array | Rows, block_tables: Ints, lengths: Ints
-) -> int:
+def read_cache(pool: Pool, cache: PagedCache, q: Array | Rows, block_tables: Ints, lengths: Ints) -> int:
     """Only read what `decode_attention` would, in the same order: the roof to hold it against.
 
     `q` gives batch and heads. Returns a checksum.
@@ -366,7 +366,9 @@ def append_kv(
     """
     keys, values = _rows(k, "k", cache.kv_heads, cache), _rows(v, "v", cache.kv_heads, cache)
     if keys.shape != values.shape or keys.dtype != values.dtype:
-        raise ValueError(f"k is {keys.shape} {keys.dtype.name}, v {values.shape} {values.dtype.name}: must agree")
+        raise ValueError(
+            f"k is {keys.shape} {keys.dtype.name}, v {values.shape} {values.dtype.name}: must agree"
+        )
     rows = keys.shape[0]
     for rows_, name in ((keys, "k"), (values, "v")):
         if cache.kv_heads > 1 and rows_.head_stride != cache.head_dim:

@@ -165,7 +165,9 @@ def load_from(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         _declare(library)
     except (OSError, AttributeError) as error:
-        raise CpuKernelsMissing(f"{path} cannot be used: {error}. Build it here with `make kernels`.") from error
+        raise CpuKernelsMissing(
+            f"{path} cannot be used: {error}. Build it here with `make kernels`."
+        ) from error
     found = library.neo_cpu_abi()
     if found != ABI:
         raise CpuKernelsMissing(
