@@ -1,9 +1,9 @@
 """CPU decode attention against this machine's read speed and against torch.
 
 Every figure is GB/s of K and V bytes. `read` reads the same bytes with the same threads in the same order and
-computes nothing (the best of the kernel's ways to fetch ahead); `ratio` is the kernel's speed over it. The cache is
-far larger than the processor's, so nothing is read twice from a cache. All things compared take turns, round after
-round, and each one's best round counts: other work on the machine only ever slows them.
+computes nothing (the best of the kernel's ways to fetch ahead); `ratio` is the kernel's speed over it. The
+cache is far larger than the processor's caches. All things compared take turns, round after round, and each
+one's best round counts: other work on the machine only ever slows them.
 
     python benchmarks/cpu_attention.py --threads 2
 """
@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -155,11 +156,9 @@ def measure(shape: Shape, args: argparse.Namespace) -> Result:
 
     for round_ in range(args.rounds):
         for name, pool in pools.items():
+            work = bench.attend if name == "kernel" else bench.read
             with pool.step():
-                timed(
-                    name,
-                    (lambda p=pool: bench.attend(p)) if name == "kernel" else lambda p=pool: bench.read(p),
-                )
+                timed(name, partial(work, pool))
         if rival is not None and round_ < 2:
             timed("torch", rival)
     for pool in pools.values():
@@ -208,9 +207,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there as well")
     args = parser.parse_args()
     print(f"{processor()}, {args.threads} threads, {ck.target()}, blocks of {args.block_size} tokens")
-    print(
-        f"{'heads':>6} {'shape':>7} {'kv':>5} {'blocks':>11} {'read':>6} {'kernel':>7} {'ratio':>6} {'torch':>6}"
-    )
+    columns = {"heads": 6, "shape": 7, "kv": 5, "blocks": 11, "read": 6, "kernel": 7, "ratio": 6, "torch": 6}
+    print(" ".join(f"{name:>{width}}" for name, width in columns.items()))
     results = []
     for shape in shapes(args.quick):
         r = measure(shape, args)

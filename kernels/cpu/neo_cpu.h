@@ -52,7 +52,7 @@ typedef struct neo_cpu_pool neo_cpu_pool;
 
 /* How decode attention asks for memory before it needs it; it changes speed only. */
 typedef enum neo_cpu_prefetch {
-    NEO_CPU_PREFETCH_AUTO = 0,   /* what suits the processor */
+    NEO_CPU_PREFETCH_AUTO = 0,   /* the library's choice */
     NEO_CPU_PREFETCH_STARTS = 1, /* the first 2 KB of the blocks that come next; the hardware does the rest */
     NEO_CPU_PREFETCH_WHOLE = 2   /* all of the next head's K and V as well */
 } neo_cpu_prefetch;
@@ -64,7 +64,7 @@ typedef struct neo_cpu_pool_options {
     const int32_t *cores; /* core of worker i is cores[i]; [0] is the caller's and is left alone */
     int32_t spin_us;      /* how long an idle worker spins before it sleeps */
     int32_t prefetch;     /* neo_cpu_prefetch */
-    int32_t segment;      /* tokens whose scores are taken together: 32, 64 or 128; 0: what suits the processor */
+    int32_t segment;      /* tokens whose scores are taken together: 32, 64 or 128; 0: the library's choice */
 } neo_cpu_pool_options;
 
 /* A pool may be used from any thread; calls that share one run one after the other. */

@@ -12,6 +12,7 @@
 
 namespace {
 
+constexpr int DEFAULT_SEGMENT = 64; // tokens: the fastest of 32, 64 and 128 (docs/cpu-attention.md)
 constexpr int SPINS_PER_LOOK = 64; // pauses between looks at the clock (about 1 us)
 
 inline void relax() noexcept {
@@ -36,16 +37,6 @@ void pin(int core) noexcept {
 #endif
 }
 
-// Whether the processor's own fetching ahead beats ours, given a hint at every jump: measured so on Zen 4, and
-// measured otherwise on Sapphire Rapids.
-bool fetches_well() noexcept {
-#if defined(__x86_64__)
-    return __builtin_cpu_is("amd") != 0;
-#else
-    return true;
-#endif
-}
-
 } // namespace
 
 void *neo::Buffer::reserve(size_t bytes) noexcept {
@@ -60,9 +51,8 @@ void *neo::Buffer::reserve(size_t bytes) noexcept {
 }
 
 neo_cpu_pool::neo_cpu_pool(const neo_cpu_pool_options &options)
-    : segment(options.segment != 0 ? options.segment : fetches_well() ? 32 : 64),
-      whole(options.prefetch == NEO_CPU_PREFETCH_AUTO ? !fetches_well()
-                                                      : options.prefetch == NEO_CPU_PREFETCH_WHOLE),
+    : segment(options.segment != 0 ? options.segment : DEFAULT_SEGMENT),
+      whole(options.prefetch != NEO_CPU_PREFETCH_STARTS),
       per_worker(new neo::Buffer[options.threads]), spin_us_(options.spin_us) {
     workers_.reserve(options.threads - 1);
     try {

@@ -10,10 +10,10 @@ static inline int read_plane(const uniform int8 *uniform plane, const uniform in
         const uniform int32 *uniform from = (const uniform int32 *uniform)(plane + at);
         if (whole) {
             const uniform int8 *uniform to = ahead + at;
-            prefetch_l1(to);
-            prefetch_l1(to + 64);
-            prefetch_l1(to + 128);
-            prefetch_l1(to + 192);
+            prefetch_l2(to);
+            prefetch_l2(to + 64);
+            prefetch_l2(to + 128);
+            prefetch_l2(to + 192);
         }
         int part = 0;
 #pragma unroll

@@ -10,7 +10,7 @@ import ctypes
 import math
 import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -54,7 +54,7 @@ _BY_NUMPY = {kind.numpy: kind for kind in KVType}
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """[rows][heads][head_dim] elements at an address; the last axis is contiguous, strides are in elements."""
+    """[rows][heads][head_dim] elements at an address; last axis contiguous, strides in elements."""
 
     address: int
     dtype: KVType
@@ -102,12 +102,12 @@ class PagedCache:
     def allocate(
         cls, num_blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype: KVType
     ) -> PagedCache:
-        """Zeroed cache in the fastest layout ([block][head][K, V]), on huge pages where the system grants them."""
+        """Zeroed cache in the fastest layout ([block][head][K, V]), on huge pages where there are any."""
         plane = head_dim * block_size
         bytes_ = max(1, 2 * plane * kv_heads * num_blocks * dtype.bytes)
         space = mmap.mmap(-1, bytes_)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            with _ignored(OSError):
+            with suppress(OSError):
                 space.madvise(mmap.MADV_HUGEPAGE)
         memory: Array = np.frombuffer(space, dtype=dtype.numpy)
         return cls.interleaved(memory, num_blocks, kv_heads, head_dim, block_size, dtype)
@@ -152,20 +152,12 @@ class PagedCache:
         )
 
 
-@contextmanager
-def _ignored(*errors: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except errors:
-        pass
-
-
 class Pool:
     """Threads for the kernels. Close it, or use it as a context manager.
 
     `threads` counts the calling thread; `cores[i]` is where worker i runs (worker 0 is the caller and is not
-    moved); an idle worker spins for `spin_us` before it sleeps, and without limit inside `step()`. `prefetch` and
-    `segment` (tokens: 32, 64, 128; 0 lets the library choose) tune decode attention to a processor.
+    moved); an idle worker spins for `spin_us` before it sleeps, and without limit inside `step()`. `prefetch`
+    and `segment` (tokens: 32, 64, 128; 0 lets the library choose) tune decode attention to a processor.
     """
 
     def __init__(
@@ -282,9 +274,10 @@ def decode_attention(
 ) -> None:
     """Attention of one new token per sequence over its cached tokens, written to `out`.
 
-    q, out: [batch, q_heads, head_dim], both of one type, any of `KVType`; block_tables: int32 [batch, >= blocks];
-    lengths: int32 [batch], in tokens, 0 gives zeros; scale: 1 / sqrt(head_dim) if not given; lse: float32
-    [batch, q_heads], receives the natural log of the sum of exponentials. Raises ValueError for bad arguments.
+    q, out: [batch, q_heads, head_dim], both of one type, any of `KVType`; block_tables: int32
+    [batch, >= blocks]; lengths: int32 [batch], in tokens, 0 gives zeros; scale: 1 / sqrt(head_dim) by default;
+    lse: float32 [batch, q_heads], receives the natural log of the sum of exponentials. Raises ValueError for
+    bad arguments.
     """
     struct = cache.struct()
     args = _decode_struct(cache, struct, q, out, block_tables, lengths, scale, lse)

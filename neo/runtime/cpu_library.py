@@ -16,7 +16,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _REFUSED, _NO_MEMORY, _UNSUPPORTED = 1, 2, 3
 
 
-class CpuKernelsMissing(RuntimeError):
+class CpuKernelsMissingError(RuntimeError):
     """The library is not built, or cannot be loaded here; the message says what to do."""
 
 
@@ -121,13 +121,13 @@ class Job(Sized):
 def library_path() -> Path:
     """Where the library is: ``$NEO_CPU_LIBRARY``, else ``build/kernels`` of the source tree.
 
-    Raises `CpuKernelsMissing` if there is no file there.
+    Raises `CpuKernelsMissingError` if there is no file there.
     """
     named = os.environ.get(LIBRARY_VARIABLE)
     path = Path(named) if named else _ROOT / "build" / "kernels" / _NAME
     if not path.is_file():
         where = f"${LIBRARY_VARIABLE} names {path}" if named else f"expected at {path}"
-        raise CpuKernelsMissing(
+        raise CpuKernelsMissingError(
             f"the CPU kernels are not built: no such file, {where}. "
             "Run `make kernels` (or kernels/build.sh) in the source tree; "
             f"or set {LIBRARY_VARIABLE} to a {_NAME} that is built already."
@@ -165,19 +165,19 @@ def load_from(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         _declare(library)
     except (OSError, AttributeError) as error:
-        raise CpuKernelsMissing(
+        raise CpuKernelsMissingError(
             f"{path} cannot be used: {error}. Build it here with `make kernels`."
         ) from error
     found = library.neo_cpu_abi()
     if found != ABI:
-        raise CpuKernelsMissing(
+        raise CpuKernelsMissingError(
             f"{path} has ABI {found}, this version of neo needs {ABI}. Build it again with `make kernels`."
         )
     return library
 
 
 def load() -> ctypes.CDLL:
-    """Return the library; raises `CpuKernelsMissing`, saying how to get it, where there is none."""
+    """Return the library; raises `CpuKernelsMissingError`, saying how to get it, where there is none."""
     return load_from(library_path())
 
 
@@ -185,7 +185,7 @@ def available() -> bool:
     """Whether the library can be loaded and this processor can run it."""
     try:
         return bool(load().neo_cpu_target() != b"unsupported")
-    except CpuKernelsMissing:
+    except CpuKernelsMissingError:
         return False
 
 

@@ -27,7 +27,7 @@ def from_float(values: npt.ArrayLike, dtype: KVType) -> Array:
 
 
 def planes(cache: PagedCache) -> tuple[Array, Array]:
-    """Views of an allocated cache: K [block, head, head_dim, block_size], V [block, head, block_size, head_dim]."""
+    """Views of a cache: K [block, head, head_dim, block_size], V [block, head, block_size, head_dim]."""
     if cache.memory is None:
         raise ValueError("this cache's memory is not numpy's")
     shape = (cache.num_blocks, cache.kv_heads, 2, cache.head_dim * cache.block_size)

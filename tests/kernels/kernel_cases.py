@@ -40,8 +40,9 @@ class Case:
     def check(self, pool: ck.Pool) -> None:
         """Hold the kernel against float64.
 
-        The bound: rounding to the output's type (half an ulp), plus eight roundings of fp32 at the size of the
-        largest V, times 1 + the largest scale * |q| . |k|, since an error in a score is a relative error in a weight.
+        The bound: rounding to the output's type (half an ulp), plus eight roundings of fp32 at the size of
+        the largest V, times 1 + the largest scale * |q| . |k|: an error in a score is a relative error in a
+        weight.
         """
         out, lse = self.run(pool)
         q = reference.to_float64(self.q, self.io_type)
