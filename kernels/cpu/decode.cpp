@@ -34,8 +34,9 @@ struct Decode {
     const neo_cpu_decode &args;
     neo_cpu_pool &pool;
     Doing doing;
-    bool whole; // fetch all ahead, or only starts
     int32_t group;             // query heads per KV head
+    int32_t segment = 0;       // tokens
+    bool whole = false;        // fetch all ahead, not only starts
     int32_t head_cuts = 1;     // tasks per piece
     int32_t heads_per_cut = 1; // KV heads
     int64_t tasks = 0;
@@ -89,7 +90,7 @@ NeoPiece describe(const Decode &decode, const Piece &piece, int64_t index, int32
     work.head_stride = cache.head_stride;
     work.tokens = std::min(PIECE_TOKENS, args.lengths[piece.sequence] - piece.first);
     
-    work.segment = std::max(decode.pool.segment, cache.block_size);
+    work.segment = decode.segment;
     work.block_size = cache.block_size;
     work.head_dim = cache.head_dim;
     work.kv_heads = std::min(decode.heads_per_cut, cache.kv_heads - kv_first);
@@ -152,6 +153,15 @@ void clear_row(const neo_cpu_decode &args, int32_t sequence) noexcept {
     }
 }
 
+// With one query head to a KV head there is little to compute: the processor's window then reaches far enough ahead
+// that asking for all of it costs more than it gives. With more heads it pays (docs/cpu-attention.md).
+void tune(Decode &decode) noexcept {
+    const bool alone = decode.group == 1;
+    decode.whole = decode.pool.prefetch == NEO_CPU_PREFETCH_AUTO ? !alone
+                                                                 : decode.pool.prefetch == NEO_CPU_PREFETCH_WHOLE;
+    decode.segment = decode.pool.segment != 0 ? decode.pool.segment : alone ? 32 : 64;
+}
+
 void cut_by_heads(Decode &decode, int64_t pieces) noexcept {
     const int32_t kv_heads = decode.args.cache->kv_heads;
     const int64_t wanted = decode.pool.threads() == 1 ? 1 : TASKS_PER_THREAD * decode.pool.threads();
@@ -209,7 +219,8 @@ neo_cpu_status run(neo_cpu_pool *pool, const neo_cpu_decode *args, Doing doing, 
     if (pieces == 0)
         return NEO_CPU_OK;
     std::lock_guard<std::mutex> lock(pool->mutex);
-    Decode decode{*args, *pool, doing, pool->whole, args->q_heads / args->cache->kv_heads};
+    Decode decode{*args, *pool, doing, args->q_heads / args->cache->kv_heads};
+    tune(decode);
     cut_by_heads(decode, pieces);
     if (!prepare(decode, pieces))
         return neo::fail(NEO_CPU_NO_MEMORY, "no memory for the partial results of %lld pieces",

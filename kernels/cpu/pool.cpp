@@ -12,7 +12,6 @@
 
 namespace {
 
-constexpr int DEFAULT_SEGMENT = 64; // tokens: the fastest of 32, 64 and 128 (docs/cpu-attention.md)
 constexpr int SPINS_PER_LOOK = 64; // pauses between looks at the clock (about 1 us)
 
 inline void relax() noexcept {
@@ -51,9 +50,7 @@ void *neo::Buffer::reserve(size_t bytes) noexcept {
 }
 
 neo_cpu_pool::neo_cpu_pool(const neo_cpu_pool_options &options)
-    : segment(options.segment != 0 ? options.segment : DEFAULT_SEGMENT),
-      whole(options.prefetch != NEO_CPU_PREFETCH_STARTS),
-      per_worker(new neo::Buffer[options.threads]), spin_us_(options.spin_us) {
+    : segment(options.segment), prefetch(options.prefetch), per_worker(new neo::Buffer[options.threads]), spin_us_(options.spin_us) {
     workers_.reserve(options.threads - 1);
     try {
         for (int i = 1; i < options.threads; i++)

@@ -48,8 +48,8 @@ struct neo_cpu_pool {
     void begin_step() noexcept { steps_.fetch_add(1); wake(); }
     bool end_step() noexcept;
 
-    const int segment; // tokens
-    const bool whole;  // NEO_CPU_PREFETCH_WHOLE
+    const int segment;  // as in neo_cpu_pool_options
+    const int prefetch; // likewise
 
     std::mutex mutex;                           // one call at a time
     neo::Buffer shared;                         // partial results

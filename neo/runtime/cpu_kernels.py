@@ -275,7 +275,7 @@ def decode_attention(
     """Attention of one new token per sequence over its cached tokens, written to `out`.
 
     q, out: [batch, q_heads, head_dim], both of one type, any of `KVType`; block_tables: int32
-    [batch, >= blocks]; lengths: int32 [batch], in tokens, 0 gives zeros; scale: 1 / sqrt(head_dim) by default;
+    [batch, >= blocks]; lengths: int32 [batch], in tokens, 0 gives zeros; scale: 1 / sqrt(head_dim) if None;
     lse: float32 [batch, q_heads], receives the natural log of the sum of exponentials. Raises ValueError for
     bad arguments.
     """
@@ -364,7 +364,7 @@ def append_kv(
         )
     rows = keys.shape[0]
     for rows_, name in ((keys, "k"), (values, "v")):
-        if cache.kv_heads > 1 and rows_.head_stride != cache.head_dim:
+        if rows and cache.kv_heads > 1 and rows_.head_stride != cache.head_dim:
             raise ValueError(f"{name}: heads must follow one another")
     _ints(positions, "positions", 1)
     _ints(block_tables, "block_tables", 2)

@@ -126,6 +126,14 @@ def test_rows_of_a_fused_projection(pool: ck.Pool) -> None:
     assert np.array_equal(values, fused[:, 6:8])
 
 
+def test_no_rows(pool: ck.Pool) -> None:
+    cache = PagedCache.allocate(1, 3, 16, 8, KVType.FP32)
+    rows = np.ones((4, 3, 16), np.float32)[np.zeros(0, np.int32)]
+    ck.append_kv(pool, cache, rows, rows, np.zeros((1, 1), np.int32), np.zeros(0, np.int32))
+    assert cache.memory is not None
+    assert not cache.memory.any()
+
+
 def test_refused_rows_write_nothing(pool: ck.Pool) -> None:
     cache = PagedCache.allocate(2, 1, 16, 8, KVType.FP32)
     rows = np.ones((2, 1, 16), np.float32)
