@@ -18,6 +18,7 @@
 namespace {
 
 constexpr int32_t PIECE_TOKENS = 1024;   // K and V of 8 heads of 128 in fp16: 4 MB, some 300 us
+constexpr int32_t SEGMENT_TOKENS = 64;  // of 32, 64 and 128: the smallest of the fastest
 constexpr int64_t TASKS_PER_THREAD = 8;
 constexpr float LOG2_E = 1.44269504f;
 
@@ -153,13 +154,12 @@ void clear_row(const neo_cpu_decode &args, int32_t sequence) noexcept {
     }
 }
 
-// With one query head to a KV head there is little to compute: the processor's window then reaches far enough ahead
-// that asking for all of it costs more than it gives. With more heads it pays (docs/cpu-attention.md).
+// With one or two query heads to a KV head there is little to compute: the processor's window then reaches far
+// enough ahead that asking for everything costs more than it gives. With more heads it pays (docs/cpu-attention.md).
 void tune(Decode &decode) noexcept {
-    const bool alone = decode.group == 1;
-    decode.whole = decode.pool.prefetch == NEO_CPU_PREFETCH_AUTO ? !alone
-                                                                 : decode.pool.prefetch == NEO_CPU_PREFETCH_WHOLE;
-    decode.segment = decode.pool.segment != 0 ? decode.pool.segment : alone ? 32 : 64;
+    const int prefetch = decode.pool.prefetch;
+    decode.whole = prefetch == NEO_CPU_PREFETCH_AUTO ? decode.group > 2 : prefetch == NEO_CPU_PREFETCH_WHOLE;
+    decode.segment = decode.pool.segment != 0 ? decode.pool.segment : SEGMENT_TOKENS;
 }
 
 void cut_by_heads(Decode &decode, int64_t pieces) noexcept {
