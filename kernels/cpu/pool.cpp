@@ -50,7 +50,8 @@ void *neo::Buffer::reserve(size_t bytes) noexcept {
 }
 
 neo_cpu_pool::neo_cpu_pool(const neo_cpu_pool_options &options)
-    : segment(options.segment), prefetch(options.prefetch), per_worker(new neo::Buffer[options.threads]), spin_us_(options.spin_us) {
+    : segment(options.segment), prefetch(options.prefetch), per_worker(new neo::Buffer[options.threads]),
+      spin_us_(options.spin_us) {
     workers_.reserve(options.threads - 1);
     try {
         for (int i = 1; i < options.threads; i++)
