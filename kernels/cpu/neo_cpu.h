@@ -1,0 +1,172 @@
+/*
+ * neo's kernels for the CPU: decode attention over a paged KV cache, and appending to that cache.
+ *
+ * Plain C, meant for ctypes and for callbacks. Nothing here throws, aborts or prints. Every function that can
+ * fail returns a neo_cpu_status; neo_cpu_last_error() then explains it. Structs begin with `size`, which the
+ * caller sets to sizeof: a caller built against another version of a struct is refused, not misread.
+ *
+ * Layout of the cache of one layer. A block holds `block_size` tokens of every KV head. For block b, head h:
+ *     K: [head_dim][block_size] at k + b * block_stride + h * head_stride
+ *     V: [block_size][head_dim] at v + b * block_stride + h * head_stride
+ * in elements. Each of the two is contiguous. Fastest is K and V of a head side by side and the heads of a
+ * block one after the other ([block][head][K, V], head_stride = 2 * head_dim * block_size,
+ * block_stride = kv_heads * head_stride, v = k + head_dim * block_size): a block is then one run of memory.
+ */
+#ifndef NEO_CPU_H
+#define NEO_CPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
+#define NEO_CPU_ABI 1
+
+typedef enum neo_cpu_status {
+    NEO_CPU_OK = 0,
+    NEO_CPU_BAD_ARGUMENT = 1, /* null pointer, size, stride, data type, block number, ... */
+    NEO_CPU_NO_MEMORY = 2,    /* workspace or threads could not be had */
+    NEO_CPU_UNSUPPORTED = 3   /* this processor has none of the instruction sets built in */
+} neo_cpu_status;
+
+typedef enum neo_cpu_dtype { NEO_CPU_FP32 = 0, NEO_CPU_FP16 = 1, NEO_CPU_BF16 = 2 } neo_cpu_dtype;
+
+/* NEO_CPU_ABI of the library. */
+int32_t neo_cpu_abi(void);
+/* "1.0.0": the library's version. */
+const char *neo_cpu_version(void);
+/* What dispatch chose on this machine: "avx512", "avx2", "neon" or "unsupported". */
+const char *neo_cpu_target(void);
+/* Why the last call on this thread failed; "" if it did not. Valid until this thread's next call. */
+const char *neo_cpu_last_error(void);
+
+/* ---- threads ---- */
+
+typedef struct neo_cpu_pool neo_cpu_pool;
+
+/* How decode attention asks for memory before it needs it; it changes speed only. */
+typedef enum neo_cpu_prefetch {
+    NEO_CPU_PREFETCH_AUTO = 0,   /* the library's choice */
+    NEO_CPU_PREFETCH_STARTS = 1, /* the first 2 KB of the blocks that come next; the hardware does the rest */
+    NEO_CPU_PREFETCH_WHOLE = 2   /* all of the next head's K and V as well */
+} neo_cpu_prefetch;
+
+typedef struct neo_cpu_pool_options {
+    size_t size;
+    int32_t threads;      /* that work, the calling thread included: 1 starts none */
+    int32_t n_cores;      /* length of `cores`; 0: threads run where the system puts them */
+    const int32_t *cores; /* core of worker i is cores[i]; [0] is the caller's and is left alone */
+    int32_t spin_us;      /* how long an idle worker spins before it sleeps */
+    int32_t prefetch;     /* neo_cpu_prefetch */
+    int32_t segment;      /* tokens whose scores are taken together: 32, 64 or 128; 0: the library's choice */
+} neo_cpu_pool_options;
+
+/* A pool may be used from any thread; calls that share one run one after the other. */
+neo_cpu_status neo_cpu_pool_create(const neo_cpu_pool_options *options, neo_cpu_pool **pool);
+/* The pool must be idle. NULL is allowed. */
+void neo_cpu_pool_destroy(neo_cpu_pool *pool);
+int32_t neo_cpu_pool_threads(const neo_cpu_pool *pool);
+/* Between begin and end idle workers spin without limit (waking costs about 0.2 us, not 5 to 70). Calls nest. */
+neo_cpu_status neo_cpu_pool_begin_step(neo_cpu_pool *pool);
+neo_cpu_status neo_cpu_pool_end_step(neo_cpu_pool *pool);
+
+/* ---- the cache of one layer ---- */
+
+typedef struct neo_cpu_cache {
+    size_t size;
+    void *k;
+    void *v;
+    int64_t block_stride; /* elements, at least kv_heads * head_stride unless there is one block */
+    int64_t head_stride;  /* elements, at least head_dim * block_size unless there is one head */
+    int32_t num_blocks;
+    int32_t kv_heads;
+    int32_t head_dim;   /* a multiple of 16, 16 to 256 */
+    int32_t block_size; /* 8, 16 or 32 */
+    int32_t dtype;      /* neo_cpu_dtype */
+} neo_cpu_cache;
+
+/* ---- decode attention ---- */
+
+/*
+ * out[i][h] = softmax(scale * q[i][h] . K) V over the first lengths[i] tokens of sequence i, KV head
+ * h / (q_heads / kv_heads). All sums are in fp32. A sequence of length 0 gives zeros (and lse -infinity).
+ * Results do not depend on the thread count, nor on which other sequences are in the batch.
+ * Nothing is read of blocks that the first lengths[i] tokens do not touch, nor of later table entries.
+ * What is left over in the last block may be anything, NaN included.
+ */
+typedef struct neo_cpu_decode {
+    size_t size;
+    const neo_cpu_cache *cache;
+    const void *q; /* [batch][q_heads][head_dim] of io_dtype, strides below, last axis contiguous */
+    void *out;     /* likewise; must not overlap q or the cache */
+    float *lse;    /* NULL, or [batch][q_heads]: natural log of the sum of exp(scores) */
+    int64_t q_stride, q_head_stride, out_stride, out_head_stride; /* elements */
+    const int32_t *block_tables; /* [batch][>= ceil(lengths[i] / block_size)] */
+    int64_t table_stride;        /* entries */
+    const int32_t *lengths;      /* [batch], tokens, >= 0 */
+    int32_t batch;
+    int32_t q_heads;  /* a multiple of kv_heads */
+    int32_t io_dtype; /* neo_cpu_dtype of q and out: any, whatever the cache's */
+    float scale;      /* finite */
+} neo_cpu_decode;
+
+neo_cpu_status neo_cpu_decode_attention(neo_cpu_pool *pool, const neo_cpu_decode *args);
+
+/*
+ * Reads the bytes that neo_cpu_decode_attention would read, with the same threads in the same order, and computes
+ * nothing: the speed to hold the kernel against. q and out are not used. checksum (NULL is allowed) receives a
+ * number that depends on every byte.
+ */
+neo_cpu_status neo_cpu_read_cache(neo_cpu_pool *pool, const neo_cpu_decode *args, int32_t *checksum);
+
+/* ---- append ---- */
+
+/*
+ * Writes row i of k and v as token positions[i] of sequence sequences[i] (NULL: sequence i), rounding to the
+ * cache's type. No two rows may name the same token. Either all rows are written or, on an error, none.
+ */
+typedef struct neo_cpu_append {
+    size_t size;
+    const neo_cpu_cache *cache;
+    const void *k; /* [rows][kv_heads][head_dim] of io_dtype; the last two axes contiguous */
+    const void *v;
+    int64_t k_stride, v_stride;  /* elements between rows */
+    const int32_t *block_tables; /* [n_sequences][>= positions / block_size + 1] */
+    int64_t table_stride;        /* entries */
+    const int32_t *sequences;    /* NULL or [rows] */
+    const int32_t *positions;    /* [rows], >= 0, less than table_stride * block_size */
+    int32_t rows;
+    int32_t n_sequences;
+    int32_t io_dtype; /* NEO_CPU_FP32 or the cache's */
+} neo_cpu_append;
+
+neo_cpu_status neo_cpu_append_kv(neo_cpu_pool *pool, const neo_cpu_append *args);
+
+/* ---- both, as a callback ---- */
+
+/* Work that another thread may run: neo_cpu_run has the shape of a host callback (cudaLaunchHostFunc, ...). */
+typedef struct neo_cpu_job {
+    size_t size;
+    neo_cpu_pool *pool;
+    const neo_cpu_append *append; /* first, unless NULL */
+    const neo_cpu_decode *decode; /* then, unless NULL */
+    int32_t status;               /* out: neo_cpu_status */
+    char message[252];            /* out: "" or why it failed */
+} neo_cpu_job;
+
+void neo_cpu_run(void *job);
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
+
+#ifdef __cplusplus
+}
+#endif
+#endif

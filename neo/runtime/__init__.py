@@ -1,0 +1,1 @@
+"""The engine: drives the same scheduler as the simulator, with a real clock and real memory."""
