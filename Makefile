@@ -6,11 +6,12 @@ OUT ?= out/demo
 STAMP = $(VENV)/.installed
 LINT_STAMP = $(VENV)/.installed-dev
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench kernels clean
 
 help:
 	@echo "make demo    install into $(VENV), simulate two policies, write results and plots to $(OUT)"
 	@echo "make test    install, lint, type-check and run all tests"
+	@echo "make kernels build the CPU kernels (gets the ISPC compiler if need be)"
 	@echo "make bench   measure the simulator's speed and memory"
 	@echo "make format  format the code"
 
@@ -34,7 +35,12 @@ lint: $(LINT_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+kernels:
+	kernels/build.sh
+
+# Where ISPC cannot be had, the build says what to install, and the kernels' tests skip with that reason.
 test: lint
+	-kernels/build.sh
 	$(BIN)/pytest
 
 bench: $(STAMP)
