@@ -53,13 +53,13 @@ def check(view: SystemView, plan: StepPlan) -> None:
 
 def _check_types(plan: StepPlan) -> None:
     """A generator where a tuple belongs would be empty the second time somebody looks."""
-    parts: tuple[object, ...] = (plan.batches, plan.moves, plan.evict, plan.reject)
+    parts = [type(plan.batches), type(plan.moves), type(plan.evict), type(plan.reject)]
     for b in plan.batches:
-        parts += (b.prefill, b.gpu_decode, b.cpu_decode, b.stream_decode)
-    for part in parts:
-        if type(part) is not tuple:
-            raise TypeError(f"{type(part).__name__} instead of a tuple")
-    if not isinstance(plan.why, str) or not isinstance(plan.repeat, int):
+        parts += [type(b.prefill), type(b.gpu_decode), type(b.cpu_decode), type(b.stream_decode)]
+    if parts.count(tuple) != len(parts):
+        other = next(p for p in parts if p is not tuple)
+        raise TypeError(f"{other.__name__} instead of a tuple")
+    if type(plan.why) is not str or not isinstance(plan.repeat, int):
         raise TypeError("why is a text and repeat a whole number")
 
 
