@@ -263,7 +263,7 @@ class Pure:
 
 
 class Drive:
-    """Drives a Scheduler and holds the invariants of shared/DESIGN.md, section 2, at every step."""
+    """Drives a Scheduler and holds every invariant of a plan and of the accounts at every step."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
