@@ -24,12 +24,6 @@ def close_matches(name: str, known: Iterable[str]) -> str:
     return ", did you mean " + " or ".join(f"'{by_lower[f]}'" for f in found) + "?"
 
 
-def is_file_spec(spec: str) -> bool:
-    """Whether ``spec`` has the form ``path/to/file.py:Name`` (or is the path of a Python file alone)."""
-    path, _, _ = spec.rpartition(":")
-    return (path or spec).endswith(".py") or spec.endswith(".py")
-
-
 def load_object(spec: str, kind: str) -> Any:
     """The object that ``spec`` names: ``path/to/file.py:Name`` or ``package.module:Name``.
 

@@ -21,24 +21,17 @@ from typing import Any, NamedTuple, Protocol
 
 from neo.core.blocks import BlockPool
 from neo.core.errors import InputError, NeoError, PlanError, PolicyError
-from neo.core.graph import OpKind, StepGraph, Work
+from neo.core.graph import StepGraph
 from neo.core.growth import new_layer_blocks, repeats_fit
 from neo.core.pipeline import compile
 from neo.core.plan import EvictMode, KVMove, MoveOrder, StepPlan
 from neo.core.request import FinishReason, Request, State, Tier
 from neo.core.specs import HardwareSpec, ModelSpec
+from neo.core.timing import Prices
 from neo.core.validate import check, moved_blocks
 from neo.core.view import Limits, SystemView
 
 _ADMISSION = attrgetter("sequence")
-
-
-class Costs(Protocol):
-    """What the scheduler hands to the policy; ``neo.cost.interface.CostModel`` is the full contract."""
-
-    def seconds(self, kind: OpKind, work: Work) -> Any:
-        """Seconds of one operation."""
-        ...
 
 
 class Planner(Protocol):
@@ -80,7 +73,7 @@ class Scheduler:
     def __init__(
         self,
         policy: Planner,
-        cost: Costs,
+        cost: Prices,
         model: ModelSpec,
         hardware: HardwareSpec,
         limits: Limits,

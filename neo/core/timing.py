@@ -18,7 +18,7 @@ _ROUNDING = 1e-13  # relative difference between two growths that counts as roun
 
 
 class Prices(Protocol):
-    """The part of a cost model that timing needs."""
+    """What core needs of a cost model; ``neo.cost.interface.CostModel`` is the full contract."""
 
     def seconds(self, kind: OpKind, work: Work) -> Any:
         """Seconds of one operation."""

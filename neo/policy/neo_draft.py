@@ -205,10 +205,8 @@ class Draft:
         slots = limits.max_seqs - len(self.gpu_decodes) - len(self.chunks)
         slots = min(slots, limits.max_batch_tokens - tokens[0])
         counts, kv = [0, 0], self.cpu_kv
-        hide0, hide1 = (
-            self.attention_s,
-            times.linear(tokens[0]),
-        )  # what the CPU may take beside each sub-batch
+        # What the CPU may take beside sub-batch 0 and beside sub-batch 1.
+        hide0, hide1 = self.attention_s, times.linear(tokens[0])
         cpu0 = cpu1 = 0.0
         first = self._fill_second(slots, hide1)
         if first:
@@ -227,14 +225,14 @@ class Draft:
             growth = self.layers if r.computed % limits.block_size == 0 else 0
             if growth > self.cpu_free and not self._free_cpu_blocks(r):
                 continue
-            which = 1 if hide1 - cpu1 >= hide0 - cpu0 else 0
+            forced = self.forced and not (counts[0] or counts[1])
+            which = 1 if forced or hide1 - cpu1 >= hide0 - cpu0 else 0
             n, tokens_read = counts[which] + 1, kv[which] + length
             cell = cells[which]
             if n >= cell[4] or tokens_read >= cell[5]:
                 cell = cells[which] = times.cpu_cell(n, tokens_read)
             after = cell[0] + n * (cell[1] + cell[3] * tokens_read) + cell[2] * tokens_read
             wider = times.linear(tokens[which] + 1)
-            forced = self.forced and not (counts[0] or counts[1])
             if which and (forced or (after <= hide1 and cpu0 <= self.attention_s + wider)):
                 cpu1, hide0 = after, self.attention_s + wider
             elif not which and after <= hide0 and cpu1 <= wider:

@@ -8,7 +8,7 @@ from cost_works import MACHINE, MODEL
 
 from neo.core.errors import InputError
 from neo.core.graph import OpKind, Work
-from neo.core.plugins import close_matches, is_file_spec, load_object
+from neo.core.plugins import close_matches, load_object
 from neo.cost.loading import cost_model_names, load_cost_model
 from neo.cost.profiled import Profiled
 from neo.cost.roofline import Roofline
@@ -151,10 +151,3 @@ def test_close_matches() -> None:
     assert close_matches("nea", ["neo", "pie"]) == ", did you mean 'neo'?"
     assert close_matches("NEO", ["neo"]) == ", did you mean 'neo'?"
     assert close_matches("zzz", ["neo"]) == ""
-
-
-def test_is_file_spec() -> None:
-    assert is_file_spec("a/b.py:C")
-    assert is_file_spec("b.py")
-    assert not is_file_spec("neo")
-    assert not is_file_spec("package.module:C")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support import BUILT_IN, Drive, Fixed, Pure, ToyCost, decoding, make_scheduler, run_plan, toy_model
 
+from neo.core.graph import OpKind
 from neo.core.plan import EvictMode, StepPlan, SubBatch
 from neo.core.request import FinishReason, Request, Tier
 from neo.core.scheduler import Scheduler
@@ -228,6 +229,23 @@ BROKE: list[tuple[str, Load, dict[str, int], int, int, tuple[float, float, float
     ("fastdecode/chunked", [(0, 2, 17), (1, 5, 6), (3, 14, 6), (5, 14, 16)],
      {"gpu": 12, "cpu": 7, "block_size": 5, "max_seqs": 3, "max_batch_tokens": 1}, 5, 33, (1, 1, 0.1)),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", [1.0, 1e4], ids=["dense-bound", "attention-bound"])
+def test_neo_runs_the_oldest_cpu_request_hidden_or_not_once_its_patience_is_over(attention: float) -> None:
+    """Whichever sub-batch has more slack: an overlong CPU stage is accepted for it, and only for it."""
+    cost = ToyCost()
+    cost.base[OpKind.CPU_ATTN] = 1e6  # never hidden
+    cost.base[OpKind.GPU_ATTN] *= attention
+    scheduler, plan = scene("neo/chunked", cost=cost, gpu=6)
+    decoding(scheduler, "old", tier=CPU)
+    decoding(scheduler, "young", tier=CPU)
+    for name in "ab":
+        decoding(scheduler, name)  # which leave no room to swap in
+    scheduler.view.now = 10.9  # all had a token at 1.0
+    assert not any(b.cpu_decode for b in plan().batches)
+    scheduler.view.now = 11.1
+    assert [ids(b.cpu_decode) for b in plan().batches] == [[], ["old"]]
 
 
 @pytest.mark.parametrize(("name", "load", "sizes", "layers", "budget", "factors"), BROKE)
