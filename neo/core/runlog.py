@@ -6,9 +6,13 @@ Lines, by ``"type"``:
 - ``add``: a request entered the scheduler: ``t``, ``id``, ``prompt``, ``max_tokens``, ``priority``.
 - ``end``: a request was told to end before its length limit: ``t``, ``id``, ``reason``. In a running step it
   ends with the step; if that brings its last token anyway, it finishes with reason ``length``.
-- ``step``: ``t`` start, ``end``, ``steps`` (repetitions), ``why``, ``batches``, and where present ``moves``,
-  ``evict``, ``reject``. In a batch, ``prefill`` lists [id, start, length, tier]; each decode role holds ``n``
-  requests and how its membership differs from the same role in the step before: ``add``, ``drop`` (ids).
+- ``step``: ``t`` (when it was planned), ``end``, ``steps`` (repetitions), ``why``, ``batches``, and where
+  present ``moves``, ``evict``, ``reject``. In a batch, ``prefill`` lists [id, start, length, tier]; each
+  decode role holds ``n`` requests and how its membership differs from the same role in the step before:
+  ``add``, ``drop`` (ids). Steps of an engine may also have ``start`` (from when on it is counted, where that
+  is not ``t``: at the end of the step before, whose clearing up is part of it), ``stopped`` (id: reason of
+  requests that ended before their length limit) and ``ops`` (measured: ``KIND:sub-batch`` to [operations,
+  seconds in all]).
 
 Times are seconds on the driver's clock.
 """
@@ -54,12 +58,22 @@ class RunLog:
         """A request ended before its length limit."""
         self._line({"type": "end", "t": now, "id": request_id, "reason": reason})
 
-    def step(self, plan: StepPlan, start: float, end: float, steps: int) -> None:
-        """A step (or ``steps`` repetitions of it) ran."""
+    def step(
+        self,
+        plan: StepPlan,
+        planned_s: float,
+        end: float,
+        steps: int = 1,
+        *,
+        start: float | None = None,
+        stopped: Mapping[str, str] | None = None,
+        ops: Mapping[str, tuple[int, float]] | None = None,
+    ) -> None:
+        """A step (or ``steps`` repetitions of it) ran; see the module's description for the fields."""
         # Formatted by hand: this line is written for every step, and is most of the log.
         batches = ",".join([self._batch(batch, i) for i, batch in enumerate(plan.batches)])
         line = (
-            f'{{"type":"step","t":{start!r},"end":{end!r},"steps":{steps},"why":{_quote(plan.why)},'
+            f'{{"type":"step","t":{planned_s!r},"end":{end!r},"steps":{steps},"why":{_quote(plan.why)},'
             f'"batches":[{batches}]'
         )
         if plan.moves:
@@ -69,6 +83,9 @@ class RunLog:
             line += f',"evict":{_dumps([[e.request.id, e.mode] for e in plan.evict])}'
         if plan.reject:
             line += f',"reject":{_dumps([[r.request.id, r.reason] for r in plan.reject])}'
+        for name, given in (("start", start), ("stopped", stopped), ("ops", ops)):
+            if given:
+                line += f',"{name}":{_dumps(given)}'
         self._write(line + "}\n")
 
     def _batch(self, batch: SubBatch, index: int) -> str:

@@ -6,6 +6,10 @@ reports back::
     planned = scheduler.plan_step(now)          # policy -> check -> compile -> apply
     ...                                         # run or price planned.graph
     scheduler.finish_step(planned, result)      # tokens, finished requests, freed blocks
+
+A driver may plan one step ahead: ``commit_step(planned)`` while the step runs assumes that it will end as
+planned, and lets ``plan_step`` be called for the next one; ``finish_step`` then only adds what no plan can
+know: times, and requests that stopped early.
 """
 
 from __future__ import annotations
@@ -62,6 +66,35 @@ class StepResult:
     stopped: Mapping[str, FinishReason] = field(default_factory=dict)
 
 
+def _takes_part(request: Request, plan: StepPlan) -> bool:
+    """Whether a plan that has been applied uses a request's KV."""
+    actors = [c.request for b in plan.batches for c in b.prefill]
+    actors += [r for b in plan.batches for r in b.decodes]
+    actors += [m.request for m in plan.moves] + [e.request for e in plan.evict]
+    return any(r is request for r in actors)
+
+
+class _Stop(NamedTuple):
+    """How a request ended before its length limit while a step planned ahead still held it."""
+
+    request: Request
+    state: State
+    reason: FinishReason
+    end_s: float
+    generated: int
+    last_token_s: float | None
+
+
+class _Committed(NamedTuple):
+    """A committed step: what ``finish_step`` still has to note."""
+
+    plan: StepPlan
+    steps: int
+    first: list[Request]  # whose prefill this step completes
+    ended: list[Request]  # at their length limit
+    void: list[_Stop]  # had stopped before it began
+
+
 class Scheduler:
     """Owns queues and block accounting; applies a plan only after ``validate.check``.
 
@@ -109,11 +142,13 @@ class Scheduler:
         self.ended: list[Request] = []
         self._admitted = 0
         self._in_flight: StepPlan | None = None
+        self._committed: _Committed | None = None  # a step whose effects are applied and that still runs
         self._steps = 1  # repetitions that the running step has blocks for
         self._source_blocks: list[
             tuple[Tier, str, int]
         ] = []  # to be released when the running step's copies end
         self._aborting: dict[str, FinishReason] = {}
+        self._stopping: list[_Stop] = []  # what the step planned ahead still holds
         self._all_layers = (1 << model.layers) - 1
 
     @property
@@ -143,7 +178,8 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None or request_id in self._aborting:
             return False
-        if self._in_flight is not None and request.state is not State.WAITING:
+        running = self._in_flight is not None or self._committed is not None
+        if running and request.state is not State.WAITING:
             self._aborting[request_id] = reason
         else:
             self._end(request, State.ABORTED, reason, now)
@@ -154,8 +190,8 @@ class Scheduler:
     def plan_step(self, now: float) -> Planned | None:
         """Ask the policy for the next step and apply it; None if it has nothing to do.
 
-        Raises PlanError if the plan breaks an invariant and PolicyError if the policy fails; in both cases
-        nothing of the plan has been applied.
+        While a committed step runs, this plans the one behind it. Raises PlanError if the plan breaks an
+        invariant and PolicyError if the policy fails; in both cases nothing of the plan has been applied.
         """
         if self._in_flight is not None:
             raise AssertionError("plan_step while a step is running")
@@ -168,7 +204,9 @@ class Scheduler:
             self._apply(plan, now)
             if graph is None:
                 continue
-            self._in_flight = self.view.in_flight = plan
+            self._in_flight = plan
+            if self._committed is None:
+                self.view.in_flight = plan
             return Planned(plan, graph)
         return None
 
@@ -191,27 +229,79 @@ class Scheduler:
                 self.view.pools[tier].take(owner, count)
             self._steps = steps
 
-    def finish_step(self, planned: Planned, result: StepResult) -> None:
-        """Commit a step that has run: tokens, copies completed, requests that ended."""
+    def commit_step(self, planned: Planned, steps: int = 1) -> None:
+        """Apply what a running step will do, so that the next one can be planned while it runs.
+
+        Requests at their length limit leave the queues and give their blocks back: whatever uses these
+        runs behind this step.
+        """
         plan = planned.plan
         if plan is not self._in_flight:
-            raise AssertionError("finish_step of a step that is not running")
-        if result.steps != self._steps:
-            raise AssertionError(f"{result.steps} steps finished, {self._steps} were planned")
+            raise AssertionError("commit_step of a step that is not running")
+        if self._committed is not None:
+            raise AssertionError("commit_step while the step before it still runs")
+        if steps != self._steps:
+            raise AssertionError(f"{steps} steps finished, {self._steps} were planned")
         self._steps = 1
-        self._in_flight = self.view.in_flight = None
-        ended = self._commit_decodes(plan, result)
-        ended += self._commit_chunks(plan, result.end_s)
+        self._in_flight = None
+        first: list[Request] = []
+        ended = self._commit_decodes(plan, steps)
+        ended += self._commit_chunks(plan, first)
         self._complete_moves(plan)
+        void = self._leave_stopped()
+        if void:
+            ended = [r for r in ended if not any(r is stop.request for stop in void)]
         for request in ended:
-            self._end(request, State.FINISHED, FinishReason.LENGTH, result.end_s)
+            self._leave(request, State.FINISHED, FinishReason.LENGTH)
+        self._committed = _Committed(plan, steps, first, ended, void)
+
+    def finish_step(self, planned: Planned, result: StepResult) -> None:
+        """Commit a step that has run: tokens, copies completed, requests that ended."""
+        if self._committed is None:
+            self.commit_step(planned, result.steps)
+        done = self._committed
+        if done is None or planned.plan is not done.plan or result.steps != done.steps:
+            raise AssertionError("finish_step of a step that is not running")
+        self._committed = None
+        self.view.in_flight = self._in_flight
+        end = result.end_s
+        for batch in planned.plan.batches:
+            for r in batch.decodes:
+                r.last_token_s = end
+        for r in done.first:
+            r.last_token_s = end
+            if r.first_token_s is None and r.generated:
+                r.first_token_s = end
+        for stop in done.void:
+            stop.request.last_token_s = stop.last_token_s
+        for request in done.ended:
+            request.finish_reason = result.stopped.get(request.id, FinishReason.LENGTH)
+            request.finish_s = end
+            self.ended.append(request)
         for request_id, reason in result.stopped.items():
-            if request_id in self._requests and not self._requests[request_id].done:
-                self._end(self._requests[request_id], State.FINISHED, reason, result.end_s)
-        for request_id, reason in self._aborting.items():
-            if request_id in self._requests and not self._requests[request_id].done:
-                self._end(self._requests[request_id], State.ABORTED, reason, result.end_s)
-        self._aborting.clear()
+            self._stop(request_id, State.FINISHED, reason, end)
+        if self._aborting:
+            for request_id, reason in self._aborting.items():
+                self._stop(request_id, State.ABORTED, reason, end)
+            self._aborting.clear()
+
+    def _stop(self, request_id: str, state: State, reason: FinishReason, now: float) -> None:
+        """End a request early; one that a step planned ahead holds leaves when that step is committed."""
+        request = self._requests.get(request_id)
+        if request is None or any(stop.request is request for stop in self._stopping):
+            return
+        if self._in_flight is None or not _takes_part(request, self._in_flight):
+            self._end(request, state, reason, now)
+        else:
+            self._stopping.append(_Stop(request, state, reason, now, request.generated, request.last_token_s))
+
+    def _leave_stopped(self) -> list[_Stop]:
+        """Requests that had stopped leave: what the step planned ahead computed for them is void."""
+        stopping, self._stopping = self._stopping, []
+        for stop in stopping:
+            self._end(stop.request, stop.state, stop.reason, stop.end_s)
+            stop.request.generated = stop.generated
+        return stopping
 
     # -- planning -----------------------------------------------------------------------------------------
 
@@ -344,21 +434,19 @@ class Scheduler:
 
     # -- committing ---------------------------------------------------------------------------------------
 
-    def _commit_decodes(self, plan: StepPlan, result: StepResult) -> list[Request]:
-        steps, end = result.steps, result.end_s
+    def _commit_decodes(self, plan: StepPlan, steps: int) -> list[Request]:
         ended = []
         for batch in plan.batches:
             for r in batch.decodes:
                 r.computed += steps
                 r.generated += steps
-                r.last_token_s = end
                 if r.generated >= r.max_tokens:
                     ended.append(r)
             for r in batch.cpu_decode:
                 r.cpu_steps += steps
         return ended
 
-    def _commit_chunks(self, plan: StepPlan, end: float) -> list[Request]:
+    def _commit_chunks(self, plan: StepPlan, yielding: list[Request]) -> list[Request]:
         ended = []
         for batch in plan.batches:
             for c in batch.prefill:
@@ -369,25 +457,26 @@ class Scheduler:
                 del self._prefilling[r.id]
                 r.state = State.DECODE
                 r.generated += 1
-                r.last_token_s = end
-                if r.first_token_s is None:
-                    r.first_token_s = end
+                yielding.append(r)
                 self._join_group(r)
                 if r.generated >= r.max_tokens:
                     ended.append(r)
         return ended
 
     def _end(self, request: Request, state: State, reason: FinishReason, now: float) -> None:
+        self._leave(request, state, reason)
+        request.finish_s = now
+        self.ended.append(request)
+
+    def _leave(self, request: Request, state: State, reason: FinishReason) -> None:
         self._leave_group(request)
         for pool in self.view.pools.values():
             pool.release(request.id)
         request.state = state
         request.finish_reason = reason
-        request.finish_s = now
         request.tier = None
         request.host_layers = 0
         del self._requests[request.id]
-        self.ended.append(request)
 
     def _join_group(self, request: Request) -> None:
         group = self._decodes[request.tier]
