@@ -21,9 +21,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": {"core", "cost", "policy"},
     "workload": {"core", "workload"},
     "report": {"core", "cost", "policy", "workload", "report"},
-    "sim": {"core", "cost", "policy", "workload", "sim"},
-    "runtime": {"core", "cost", "policy", "workload", "runtime"},
-    "cli": {"core", "cost", "policy", "workload", "report", "sim", "runtime", "cli"},
+    "system": {"core", "cost", "policy", "system"},
+    "sim": {"core", "cost", "policy", "system", "workload", "sim"},
+    "runtime": {"core", "cost", "policy", "system", "workload", "runtime"},
+    "cli": {"core", "cost", "policy", "workload", "report", "system", "sim", "runtime", "cli"},
 }
 CORE_MAY_IMPORT = {"numpy", "neo"}
 HEAVY = {"torch", "matplotlib"}  # extras: never imported at the top of a module

@@ -23,7 +23,7 @@ class OpKind(StrEnum):
 
     SCHEDULE = "SCHEDULE"  # host: planning the step and preparing its inputs
     EMBED = "EMBED"  # token embedding
-    PRE = "PRE"  # norm, QKV projection, rotary, KV append
+    PRE = "PRE"  # norm, QKV projection, rotary, KV append (to blocks still being swapped in: with GPU_ATTN)
     GPU_ATTN = "GPU_ATTN"  # prefill and decode attention on the GPU
     SEND = "SEND"  # q, k, v rows of CPU decodes to the host
     CPU_ATTN = "CPU_ATTN"  # decode attention on the CPU

@@ -40,12 +40,16 @@ def repeats_fit(view: SystemView, plan: StepPlan, steps: int) -> bool:
     """Whether an applied decode-only plan can run ``steps`` times with the blocks that are free."""
     size, layers = view.limits.block_size, view.model.layers
     gpu, cpu = view.pools[Tier.GPU], view.pools[Tier.CPU]
+    staged = sum([-(-(r.computed + steps) // size) for b in plan.batches for r in b.stream_decode])
+    if not plan.ring and staged > gpu.staging_blocks:
+        return False
+    gpu_free = gpu.free - plan.ring * staged
     most = (steps // size + 1) * layers  # of one request, whatever its length
     on_gpu = most * sum([len(b.gpu_decode) + len(b.stream_decode) for b in plan.batches])
     on_cpu = most * sum([len(b.cpu_decode) + len(b.stream_decode) for b in plan.batches])
-    if on_gpu <= gpu.free and on_cpu <= cpu.free:
+    if on_gpu <= gpu_free and on_cpu <= cpu.free:
         return True
     need = {Tier.GPU: 0, Tier.CPU: 0}
     for tier, _, count in new_layer_blocks(view, plan, steps):
         need[tier] += count
-    return need[Tier.GPU] <= gpu.free and need[Tier.CPU] <= cpu.free
+    return need[Tier.GPU] <= gpu_free and need[Tier.CPU] <= cpu.free

@@ -34,7 +34,8 @@ from neo.core.templates import Shape, WorkKey, template_for
 def compile(plan: StepPlan, model: ModelSpec, block_size: int = 16, staging_layers: int = 1) -> StepGraph:
     """The StepGraph of a validated plan with at least one sub-batch, before it is applied.
 
-    ``staging_layers`` is the number of staging buffers that streamed layers rotate through. Sizes in the
+    ``staging_layers`` is the number of staging buffers that streamed layers rotate through, unless the plan
+    brings its own (``ring``). Sizes in the
     graph's works are per layer and over all tensor-parallel ranks; copies move whole blocks.
     """
     batch = plan.batches[0]
@@ -108,7 +109,7 @@ class _Compiler:
         self.plan = plan
         self.model = model
         self.block_size = block_size
-        self.ring = ring
+        self.ring = plan.ring or ring
         self.block_bytes = block_size * model.kv_bytes_per_token_layer
         self.batches = plan.batches
         self.tokens = [b.tokens for b in plan.batches]
@@ -126,7 +127,7 @@ class _Compiler:
     def graph(self) -> StepGraph:
         template, keys = template_for(self.shape())
         works = [self.work(key) for key in keys]
-        return StepGraph(template, tuple(self.with_contention(keys, works)))
+        return StepGraph(template, tuple(self.with_contention(keys, template.counts, works)))
 
     def shape(self) -> Shape:
         first = self.batches[0]
@@ -192,11 +193,14 @@ class _Compiler:
         streamed = [r for b in self.batches for r in b.stream_decode]
         if not streamed:
             return ((layers, prefix),)
-        per_layer = [prefix] * layers
+        by_mask: dict[int, int] = {}
         for request in streamed:
-            size = self.request_bytes(request)
+            mask = self.host_layers(request)
+            by_mask[mask] = by_mask.get(mask, 0) + self.request_bytes(request)
+        per_layer = [prefix] * layers
+        for mask, size in by_mask.items():
             for layer in range(layers):
-                if self.host_layers(request) >> layer & 1:
+                if mask >> layer & 1:
                     per_layer[layer] += size
         return tuple((len(list(g)), nbytes) for nbytes, g in groupby(per_layer))
 
@@ -234,13 +238,18 @@ class _Compiler:
             return Work(rows, rows, bytes=recv_bytes(rows, model))
         return Work(tokens, bytes=allreduce_bytes(tokens, model))
 
-    def with_contention(self, keys: tuple[WorkKey, ...], works: list[Work]) -> list[Work]:
+    def with_contention(
+        self, keys: tuple[WorkKey, ...], counts: tuple[int, ...], works: list[Work]
+    ) -> list[Work]:
         """Tell copies what goes the other way in their layer, and CPU attention what all copies move.
 
-        Several operations that share such company split it in proportion to their own size.
+        Several operations that share such company split it in proportion to their own size. What only some
+        layers copy (streams) keeps company with the other way's bytes of the whole step, by size.
         """
-        into = sum([w.bytes for k, w in zip(keys, works, strict=True) if k[0] in _TO_GPU])
-        out = sum([w.bytes for k, w in zip(keys, works, strict=True) if k[0] in _TO_HOST])
+        all_works = list(zip(keys, counts, works, strict=True))
+        into = sum([n * w.bytes for k, n, w in all_works if k[0] in _TO_GPU])
+        out = sum([n * w.bytes for k, n, w in all_works if k[0] in _TO_HOST])
+        layers = self.model.layers
         kv = sum([w.kv_tokens for k, w in zip(keys, works, strict=True) if k[0] is OpKind.CPU_ATTN])
         result = []
         for (kind, _, _), w in zip(keys, works, strict=True):
@@ -249,7 +258,7 @@ class _Compiler:
             elif kind in _TO_HOST and out:
                 w = w._replace(beside_bytes=into * w.bytes // out)
             elif kind is OpKind.CPU_ATTN and kv:
-                w = w._replace(beside_bytes=(into + out) * w.kv_tokens // kv)
+                w = w._replace(beside_bytes=(into + out) * w.kv_tokens // (kv * layers))
             result.append(w)
         return result
 

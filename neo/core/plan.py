@@ -68,7 +68,8 @@ class SubBatch:
 class KVMove:
     """Copy a request's KV of the layers ``start .. stop`` (default: all) to the tier ``dst``.
 
-    Target blocks are taken when the step starts; source blocks are freed when each copy completes.
+    Target blocks are taken when the step starts; source blocks are freed when each copy completes. Layers
+    that are no range take several moves, of the same tier and order.
     """
 
     request: Request
@@ -99,6 +100,9 @@ class StepPlan:
 
     ``repeat``: for how many further steps the same decision holds, if nobody arrives or ends and the pools
     can give every block that is needed. A promise that only a decode-only plan without moves may make.
+
+    ``ring``: staging buffers for KV on its way in this step, taken from free GPU blocks while it runs (at
+    most one per layer). 0: those that the policy's ``staging_layers`` set aside for good.
     """
 
     batches: tuple[SubBatch, ...] = ()
@@ -107,6 +111,7 @@ class StepPlan:
     reject: tuple[Reject, ...] = ()
     why: str = ""
     repeat: int = 0
+    ring: int = 0
 
     @property
     def idle(self) -> bool:
@@ -115,12 +120,12 @@ class StepPlan:
 
     def host_layers_at_use(self, layers: int) -> dict[str, int]:
         """By request id, for requests with a move ordered before use: bit mask of layers then on the CPU."""
-        masks = {}
+        masks: dict[str, int] = {}
         for m in self.moves:
             if m.order is MoveOrder.BEFORE:
                 start, stop = m.layers or (0, layers)
                 moved = ((1 << (stop - start)) - 1) << start
-                host = m.request.host_layers
+                host = masks.get(m.request.id, m.request.host_layers)
                 masks[m.request.id] = host | moved if m.dst is Tier.CPU else host & ~moved
         return masks
 

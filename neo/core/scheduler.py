@@ -32,7 +32,7 @@ from neo.core.plan import EvictMode, KVMove, MoveOrder, StepPlan
 from neo.core.request import FinishReason, Request, State, Tier
 from neo.core.specs import HardwareSpec, ModelSpec
 from neo.core.timing import Prices
-from neo.core.validate import check, moved_blocks
+from neo.core.validate import check, leaves_whole, moved_blocks
 from neo.core.view import Limits, SystemView
 
 _ADMISSION = attrgetter("sequence")
@@ -144,9 +144,9 @@ class Scheduler:
         self._in_flight: StepPlan | None = None
         self._committed: _Committed | None = None  # a step whose effects are applied and that still runs
         self._steps = 1  # repetitions that the running step has blocks for
-        self._source_blocks: list[
-            tuple[Tier, str, int]
-        ] = []  # to be released when the running step's copies end
+        # Sources of copies (tier, request, layer-blocks): freed before the step's new KV, or when it ends.
+        self._making_room: list[tuple[Tier, str, int]] = []
+        self._source_blocks: list[tuple[Tier, str, int]] = []
         self._aborting: dict[str, FinishReason] = {}
         self._stopping: list[_Stop] = []  # what the step planned ahead still holds
         self._all_layers = (1 << model.layers) - 1
@@ -159,6 +159,11 @@ class Scheduler:
     def unfinished(self) -> int:
         """Requests that have not ended."""
         return len(self._requests)
+
+    @property
+    def stopping(self) -> list[tuple[str, FinishReason]]:
+        """Requests that have stopped while the step planned ahead holds them still."""
+        return [(stop.request.id, stop.reason) for stop in self._stopping]
 
     # -- requests come and go -----------------------------------------------------------------------------
 
@@ -357,7 +362,7 @@ class Scheduler:
                 self._start_move(KVMove(e.request, Tier.CPU))
         for m in plan.moves:
             self._start_move(m)
-        self._release_sources(Tier.GPU)  # the graph orders every PRE, and so all new KV, behind these copies
+        self._release_sources(self._making_room)  # the graph orders a layer's new KV behind its copies
         for batch in plan.batches:
             for c in batch.prefill:
                 self._start_chunk(c.request, c.length, c.dst, now)
@@ -401,7 +406,8 @@ class Scheduler:
         blocks = moved_blocks(view, move, after) // (stop - start) * mask.bit_count()
         view.pools[move.dst].take(move.request.id, blocks)
         if not after:
-            self._source_blocks.append((src, move.request.id, blocks))
+            early = leaves_whole(move, view.model.layers)
+            (self._making_room if early else self._source_blocks).append((src, move.request.id, blocks))
             self._relocate(move.request, mask, move.dst)
 
     def _relocate(self, request: Request, mask: int, dst: Tier) -> None:
@@ -414,17 +420,13 @@ class Scheduler:
         if decoding:
             self._join_group(request)
 
-    def _release_sources(self, src: Tier) -> None:
-        if not self._source_blocks:
-            return
-        pool = self.view.pools[src]
-        for tier, owner, count in self._source_blocks:
-            if tier is src:
-                pool.release(owner, count)
-        self._source_blocks = [s for s in self._source_blocks if s[0] is not src]
+    def _release_sources(self, sources: list[tuple[Tier, str, int]]) -> None:
+        for tier, owner, count in sources:
+            self.view.pools[tier].release(owner, count)
+        sources.clear()
 
     def _complete_moves(self, plan: StepPlan) -> None:
-        self._release_sources(Tier.CPU)
+        self._release_sources(self._source_blocks)
         for m in plan.moves:
             if m.order is MoveOrder.AFTER:
                 start, stop = m.layers or (0, self.view.model.layers)

@@ -6,6 +6,7 @@ dependencies decide.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import groupby
@@ -14,6 +15,8 @@ from typing import NamedTuple
 from neo.core.graph import NO_BATCH, Dep, OpKind, Section, Template, TemplateOp
 
 WorkKey = tuple[OpKind, int, int]  # kind, sub-batch, variant (streams: which run of layers)
+
+LOOK_AHEAD = 16  # layers that a stream may run ahead; bounds how many end times a step's timing remembers
 
 
 class Shape(NamedTuple):
@@ -48,6 +51,7 @@ class _Builder:
         self.keys: dict[WorkKey, int] = {}
         runs = shape.streams or ((shape.layers, False),)
         self.stream_run = [i if on else None for i, (n, on) in enumerate(runs) for _ in range(n)]
+        self.streamed = [layer for layer, run in enumerate(self.stream_run) if run is not None]
 
     def build(self) -> tuple[Template, tuple[WorkKey, ...]]:
         sections = self.pipelined() if self.s.pipelined else self.sequential()
@@ -98,9 +102,15 @@ class _Builder:
             ops.append(self.op(OpKind.SWAP_IN, NO_BATCH, ready, offset))
         run = self.stream_run[layer]
         if run is not None:
-            deps = (*ready, Dep(OpKind.GPU_ATTN, 0, self.s.ring - 1))
+            deps = (*ready, Dep(OpKind.GPU_ATTN, 0, self.lag(layer)))
             ops.append(self.op(OpKind.STREAM, 0, deps, offset, variant=run))
         return ops
+
+    def lag(self, layer: int) -> int:
+        """How many attentions before the latest one the buffer was last read that streamed ``layer`` takes."""
+        back = bisect_left(self.streamed, layer) - self.s.ring
+        last_read = self.streamed[back] if back >= 0 else -1
+        return min(layer - 1 - last_read, max(LOOK_AHEAD, self.s.ring) - 1)
 
     def pre(self, batch: int) -> list[TemplateOp]:
         """PRE of a sub-batch with what directly follows it: rows to the host, new KV to the host."""
@@ -156,9 +166,11 @@ class _Builder:
         return sections
 
     def signature(self, layer: int) -> object:
-        if self.s.pipelined:
-            return self.stream_run[layer]
-        return self.stream_run[layer + 1] if layer + 1 < self.s.layers else "last"
+        following = layer if self.s.pipelined else layer + 1
+        if following == self.s.layers:
+            return "last"
+        run = self.stream_run[following]
+        return None if run is None else (run, self.lag(following))
 
     def sequential(self) -> list[Section]:
         def layer_ops(layer: int) -> list[TemplateOp]:

@@ -59,8 +59,8 @@ def _check_types(plan: StepPlan) -> None:
     if parts.count(tuple) != len(parts):
         other = next(p for p in parts if p is not tuple)
         raise TypeError(f"{other.__name__} instead of a tuple")
-    if type(plan.why) is not str or not isinstance(plan.repeat, int):
-        raise TypeError("why is a text and repeat a whole number")
+    if type(plan.why) is not str or not (isinstance(plan.repeat, int) and isinstance(plan.ring, int)):
+        raise TypeError("why is a text, repeat and ring are whole numbers")
 
 
 def _check_plain(view: SystemView, plan: StepPlan, batch: SubBatch) -> None:
@@ -151,19 +151,23 @@ def _check_moves(view: SystemView, plan: StepPlan) -> dict[str, int]:
     layers = view.model.layers
     if not plan.moves:
         return {}
-    seen: set[str] = set()
+    seen: dict[str, tuple[int, KVMove]] = {}  # layers moved so far, and the first move
     gone = {e.request.id for e in plan.evict}
     streamed = {r.id for b in plan.batches for r in b.stream_decode}
+    prefixed = {c.request.id for b in plan.batches for c in b.prefill if c.dst is Tier.CPU}
     on_gpu = streamed | {r.id for b in plan.batches for r in b.gpu_decode}
     for m in plan.moves:
         r = m.request
-        if r.id in seen or r.id in gone:
-            raise PlanError("moves", "moved twice, or moved and evicted", r.id)
-        seen.add(r.id)
         start, stop = m.layers or (0, layers)
         if not 0 <= start < stop <= layers:
             raise PlanError("moves", f"layers {start}..{stop} of a model with {layers}", r.id)
         mask = ((1 << (stop - start)) - 1) << start
+        before, first = seen.get(r.id, (0, m))
+        if before & mask or r.id in gone:
+            raise PlanError("moves", "moved twice, or moved and evicted", r.id)
+        if m.dst is not first.dst or m.order is not first.order:
+            raise PlanError("moves", "its layers move to two tiers, or in two orders, in one step", r.id)
+        seen[r.id] = (before | mask, first)
         if r.computed == 0:
             raise PlanError("moves", "it has no KV", r.id)
         elsewhere = r.host_layers & mask if m.dst is Tier.CPU else ~r.host_layers & mask
@@ -175,10 +179,9 @@ def _check_moves(view: SystemView, plan: StepPlan) -> dict[str, int]:
             raise PlanError(
                 "moves", "only KV of a request that decodes on the GPU in this step can leave behind it", r.id
             )
-        if m.order is MoveOrder.BEFORE and m.dst is Tier.CPU and r.id in streamed:
-            raise PlanError(
-                "moves", "KV that leaves ahead of a step cannot be streamed in it: order AFTER", r.id
-            )
+        if m.order is MoveOrder.BEFORE and m.dst is Tier.CPU and r.id in streamed | prefixed:
+            hint = ": order AFTER" if r.id in streamed else ""
+            raise PlanError("moves", f"KV that leaves ahead of a step cannot be streamed in it{hint}", r.id)
     return plan.host_layers_at_use(layers)
 
 
@@ -240,7 +243,7 @@ def _check_blocks(view: SystemView, plan: StepPlan, moved: dict[str, int]) -> No
     layers = view.model.layers
     gpu, cpu = view.pools[Tier.GPU], view.pools[Tier.CPU]
     need = {Tier.GPU: 0, Tier.CPU: 0}
-    staged = 0
+    staged = split = 0
     for batch in plan.batches:
         need[Tier.GPU] += growing(view, batch.gpu_decode) * layers
         if batch.cpu_decode:
@@ -250,22 +253,35 @@ def _check_blocks(view: SystemView, plan: StepPlan, moved: dict[str, int]) -> No
             if r.computed % view.limits.block_size == 0:
                 need[Tier.CPU] += on_host
                 need[Tier.GPU] += layers - on_host
+                split += layers - on_host
             staged += view.layer_blocks(r.computed + 1) // layers
         for c in batch.prefill:
             need[c.dst] += view.growth(c.request, c.length)
             if c.dst is Tier.CPU:
                 staged += view.layer_blocks(c.start + c.length) // layers
-    if staged > gpu.staging_blocks:
+    ring = _check_ring(view, plan, staged)
+    if not plan.ring and staged > gpu.staging_blocks:
         raise PlanError(
             "staging",
             f"{staged} blocks pass through the staging buffers, which have {gpu.staging_blocks}"
             + ("" if gpu.staging_layers else " (the policy declares no staging_layers)"),
         )
     arriving, leaving, dropped = _moving_blocks(view, plan)
-    room = gpu.free + dropped[Tier.GPU]
+    room = gpu.free + dropped[Tier.GPU] - ring
+    if room < 0:
+        raise PlanError(
+            "staging",
+            f"a ring of {plan.ring} for {staged} blocks needs {ring} layer-blocks, {room + ring} are free",
+        )
     if arriving[Tier.GPU] > room:
         raise PlanError(
             "gpu-blocks", f"moves bring {arriving[Tier.GPU]} layer-blocks, {room} of {gpu.total} are free"
+        )
+    if split > room - arriving[Tier.GPU]:
+        raise PlanError(
+            "gpu-blocks",
+            f"{split} layer-blocks of new KV in some layers only, {room} of {gpu.total} are free, "
+            f"{arriving[Tier.GPU]} of them for moves",
         )
     if need[Tier.GPU] + arriving[Tier.GPU] > room + leaving:
         raise PlanError(
@@ -282,6 +298,13 @@ def _check_blocks(view: SystemView, plan: StepPlan, moved: dict[str, int]) -> No
         )
 
 
+def _check_ring(view: SystemView, plan: StepPlan, staged: int) -> int:
+    """GPU layer-blocks that the step's own staging buffers occupy while it runs."""
+    if not 0 <= plan.ring <= view.model.layers:
+        raise PlanError("staging", f"a ring of {plan.ring} buffers for {view.model.layers} layers")
+    return plan.ring * staged
+
+
 def moved_blocks(view: SystemView, move: KVMove, advancing: bool) -> int:
     """Layer-blocks a move copies; with ``advancing``, the token of this step included (order AFTER)."""
     start, stop = move.layers or (0, view.model.layers)
@@ -289,20 +312,34 @@ def moved_blocks(view: SystemView, move: KVMove, advancing: bool) -> int:
     return view.layer_blocks(tokens) // view.model.layers * (stop - start)
 
 
+def leaves_whole(move: KVMove, layers: int) -> bool:
+    """Whether the blocks a move leaves on the GPU can hold new KV of the same step.
+
+    Each layer's copy ends before that layer's PRE, not before an earlier one's: what leaves in all layers
+    makes room for what is new in all layers, what leaves in some of them only for the next step.
+    """
+    return (
+        move.dst is Tier.CPU
+        and move.order is MoveOrder.BEFORE
+        and (move.layers is None or move.layers == (0, layers))
+        and move.request.host_layers == 0
+    )
+
+
 def _moving_blocks(view: SystemView, plan: StepPlan) -> tuple[dict[Tier, int], int, dict[Tier, int]]:
-    """Layer-blocks arriving per tier, leaving the GPU before use, and dropped per tier."""
+    """Layer-blocks arriving per tier, leaving the GPU in time for new KV, and dropped per tier."""
     arriving = {Tier.GPU: 0, Tier.CPU: 0}
     dropped = {Tier.GPU: 0, Tier.CPU: 0}
     leaving = 0
     for m in plan.moves:
         arriving[m.dst] += moved_blocks(view, m, m.order is MoveOrder.AFTER)
-        if m.dst is Tier.CPU and m.order is MoveOrder.BEFORE:
+        if leaves_whole(m, view.model.layers):
             leaving += moved_blocks(view, m, False)
     for e in plan.evict:
         on_gpu = view.pools[Tier.GPU].held(e.request.id)
         if e.mode is EvictMode.SWAP:
             arriving[Tier.CPU] += on_gpu
-            leaving += on_gpu
+            leaving += 0 if e.request.host_layers else on_gpu
         else:
             dropped[Tier.GPU] += on_gpu
             dropped[Tier.CPU] += view.pools[Tier.CPU].held(e.request.id)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import simpy
 
-from neo.core.errors import InputError, NeoError, PolicyError
-from neo.core.graph import OpKind, Resource
-from neo.core.pipeline import bytes_moved
-from neo.core.plan import PrefillChunk, StepPlan
-from neo.core.record import Mode, RunRecord
-from neo.core.request import FinishReason, Request, Tier
+from neo.core.errors import PolicyError
+from neo.core.record import RunRecord
+from neo.core.recorder import Recorder
+from neo.core.request import FinishReason, Request
 from neo.core.runlog import RunLog
 from neo.core.scheduler import Planned, Scheduler, StepResult
-from neo.core.timing import busy_seconds, durations, step_seconds
+from neo.core.timing import step_seconds
 from neo.sim.oplevel import run_operations
+from neo.sim.pricing import price, price_repeated, unpriceable
 
 Level = Literal["step", "op"]
 Events = Generator[simpy.Event, Any, None]
-_TRACKED = {Resource.GPU: 0, Resource.CPU: 1, Resource.H2D: 2, Resource.D2H: 3}  # order of the busy columns
 _MOST_AT_ONCE = 4096  # repeated steps priced in one go
 
 
@@ -87,6 +83,7 @@ class Simulation:
         pools = scheduler.view.pools
         self.record.kv_capacity = {str(t): pools[t].total for t in pools}
         self.record.start_s = self.clients[0].request.arrival_s if self.clients else 0.0
+        self._recorder = Recorder(self.record, scheduler)
         self.env = simpy.Environment()
         self._wake: simpy.Event | None = None
         self._steps = 0
@@ -159,7 +156,7 @@ class Simulation:
 
     def _run_step(self, planned: Planned, start: float) -> Events:
         env = self.env
-        seconds = self._price(planned)
+        seconds = price(planned.graph, self.scheduler.cost)
         most = self.scheduler.max_steps(planned.plan) if self.repeat and planned.graph.template.serial else 1
         if self.level == "op":
             keep = self._steps if self._steps < self.timeline_steps else None
@@ -171,37 +168,15 @@ class Simulation:
         else:
             seconds, ends = self._repeated(planned, seconds, most, start)
             if not ends[-1] < math.inf:
-                raise self._unpriceable(planned, "gave what is no time")
+                raise unpriceable(planned.graph, self.scheduler.cost, "gave what is no time")
             self.scheduler.extend_step(planned, len(ends))
             yield from until(env, ends[-1])
-        self._observe(planned, seconds, start, ends)
+        self._steps += len(ends)
+        self._recorder.observe(planned, seconds, start, ends)
         self.scheduler.finish_step(planned, StepResult(ends[-1], len(ends)))
         if self.log:
             self.log.step(planned.plan, start, ends[-1], len(ends))
         self._collect_ended()
-
-    def _price(self, planned: Planned) -> list[Any]:
-        try:
-            seconds = [float(s) for s in durations(planned.graph, self.scheduler.cost)]
-            if min(seconds) >= 0.0 and sum(seconds) < math.inf:  # which NaN fails too
-                return seconds
-        except NeoError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise self._unpriceable(planned, f"raised {type(error).__name__}: {error}") from error
-        raise self._unpriceable(planned, "gave what is no time")
-
-    def _unpriceable(self, planned: Planned, what: str) -> InputError:
-        """The error for a cost model that fails, naming the first operation whose price is no time."""
-        cost, graph = self.scheduler.cost, planned.graph
-        for kind, work in zip(graph.template.kinds, graph.works, strict=True):
-            try:
-                price = float(cost.seconds(kind, work))
-            except (Exception, SystemExit):
-                return InputError(f"cost model {type(cost).__name__} {what} ({kind}, {work})")
-            if not 0.0 <= price < math.inf:
-                return InputError(f"cost model {type(cost).__name__} says {price} seconds for {kind}, {work}")
-        return InputError(f"cost model {type(cost).__name__} {what}")
 
     def _repeated(
         self, planned: Planned, seconds: list[Any], most: int, start: float
@@ -215,12 +190,7 @@ class Simulation:
         most = min(most, _MOST_AT_ONCE)
         if most <= 1:
             return seconds, [start + first]
-        try:
-            seconds = self._prices(planned, seconds, most)
-        except NeoError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise self._unpriceable(planned, f"raised {type(error).__name__}: {error}") from error
+        seconds = price_repeated(planned.graph, self.scheduler.cost, seconds, most)
         lengths = np.empty(most + 1)
         lengths[0] = start
         lengths[1:] = step_seconds(template, seconds)
@@ -228,80 +198,6 @@ class Simulation:
         count = int(np.searchsorted(ends[:-1], horizon, side="left"))
         count = max(1, min(count, most))
         return [s[:count] if isinstance(s, np.ndarray) else s for s in seconds], ends[1 : count + 1].tolist()
-
-    def _prices(self, planned: Planned, seconds: list[Any], steps: int) -> list[Any]:
-        """Seconds of each work entry over ``steps`` repetitions: only attention changes, as its KV grows."""
-        cost, graph = self.scheduler.cost, planned.graph
-        prices = list(seconds)
-        for i, (kind, work) in enumerate(zip(graph.template.kinds, graph.works, strict=True)):
-            if kind is not OpKind.GPU_ATTN:
-                continue
-            kv: Any = work.kv_tokens + work.sequences * np.arange(steps)
-            if getattr(cost, "vectorized", False):
-                price = np.asarray(cost.seconds(kind, work._replace(kv_tokens=kv)), dtype=np.float64)
-            else:
-                price = np.array([float(cost.seconds(kind, work._replace(kv_tokens=n))) for n in kv.tolist()])
-            if price.shape != (steps,) or not price.min() >= 0.0:
-                raise ValueError(f"{steps} times expected, got shape {price.shape}, least {price.min()}")
-            prices[i] = price
-        return prices
-
-    # -- what the record keeps ----------------------------------------------------------------------------
-
-    def _observe(self, planned: Planned, seconds: list[Any], start: float, ends: list[float]) -> None:
-        """Note a step (or its repetitions) before it is committed."""
-        plan, graph, record = planned.plan, planned.graph, self.record
-        steps = len(ends)
-        self._steps += steps
-        chunk_tokens = on_gpu = on_cpu = streamed = 0
-        for batch in plan.batches:
-            on_gpu += len(batch.gpu_decode)
-            on_cpu += len(batch.cpu_decode)
-            streamed += len(batch.stream_decode)
-            if batch.prefill:
-                chunk_tokens += sum([c.length for c in batch.prefill])
-                self._observe_prefills(batch.prefill, ends[0])
-        busy = [0.0] * len(_TRACKED)
-        for resource, total in busy_seconds(graph.template, seconds).items():
-            at = _TRACKED.get(resource)
-            if at is not None:
-                busy[at] = record.add_busy(resource, total, steps)
-        if not graph.template.serial:
-            into, out = bytes_moved(graph)
-            record.bytes_h2d += into
-            record.bytes_d2h += out
-        if plan.evict:
-            record.preemptions += len(plan.evict)
-        view = self.scheduler.view
-        mode = mode_of(plan)
-        gpu, cpu = view.pools[Tier.GPU].used, view.pools[Tier.CPU].used
-        waiting = len(view.waiting)
-        row = (start, ends[-1], steps, mode, waiting, chunk_tokens, on_gpu, on_cpu, streamed, gpu, cpu, *busy)
-        record.add_row(row)
-        if on_gpu or on_cpu or streamed:
-            self._observe_gaps(plan, ends, on_gpu + on_cpu + streamed)
-
-    def _observe_gaps(self, plan: StepPlan, ends: list[float], decodes: int) -> None:
-        """Inter-token gaps of the decodes: time since each one's last token, then between repetitions."""
-        values, counts = self.record.itl_values, self.record.itl_counts
-        last = [r.last_token_s or 0.0 for b in plan.batches for r in b.decodes]
-        if last.count(last[0]) == decodes:  # the usual case: all of them ran in the step before
-            values.append(ends[0] - last[0])
-            counts.append(decodes)
-        else:
-            for time, n in Counter(last).items():
-                values.append(ends[0] - time)
-                counts.append(n)
-        if len(ends) > 1:
-            values.extend([b - a for a, b in pairwise(ends)])
-            counts.extend([decodes] * (len(ends) - 1))
-
-    def _observe_prefills(self, chunks: tuple[PrefillChunk, ...], end: float) -> None:
-        """A preempted request's next token comes out of a prefill: that gap counts too."""
-        for c in chunks:
-            if c.request.last_token_s is not None and c.length == c.request.remaining_prefill:
-                self.record.itl_values.append(end - c.request.last_token_s)
-                self.record.itl_counts.append(1)
 
     def _collect_ended(self) -> None:
         ended = self.scheduler.ended
@@ -314,13 +210,3 @@ class Simulation:
             ended.clear()
             if self.progress is not None:
                 self.progress(self._ended)
-
-
-def mode_of(plan: StepPlan) -> Mode:
-    """How a step is run."""
-    if len(plan.batches) == 2:
-        return Mode.PIPELINED
-    batch = plan.batches[0]
-    if batch.cpu_decode:
-        return Mode.CPU_SEQUENTIAL
-    return Mode.STREAMED if batch.stream_decode else Mode.GPU_ONLY

@@ -18,6 +18,7 @@ from support import (
     toy_model,
 )
 
+from neo.core.errors import PlanError
 from neo.core.graph import NO_BATCH, OpKind, StepGraph
 from neo.core.pipeline import compile
 from neo.core.plan import Evict, EvictMode, KVMove, MoveOrder, PrefillChunk, StepPlan, SubBatch
@@ -251,7 +252,8 @@ def test_evict_and_swap_sends_what_is_on_the_gpu(state: str) -> None:
         spread(s, r, (0, 1))
     planned = start_plan(s, StepPlan((SubBatch(gpu_decode=(a,)),), evict=(Evict(r, EvictMode.SWAP),)))
     blocks = -(-r.computed // 4)
-    assert held(s, r) == (0, 4 * blocks)
+    # What leaves in some layers only makes no room for new KV of the step: it is there until the step ends.
+    assert held(s, r) == (3 * blocks if state == "split" else 0, 4 * blocks)
     assert (r.tier, r.host_layers, r.preemptions) == (CPU, 0b1111, 1)
     (out,) = (
         w
@@ -297,7 +299,10 @@ def test_chunks_on_the_cpu_stream_their_prefix_back() -> None:
 def test_a_prefill_under_way_moves_with_its_next_chunk() -> None:
     s = scheduler()
     r = decoding(s, "r", 12, chunk=5)
-    run_plan(s, StepPlan((SubBatch((PrefillChunk(r, 5, 3, CPU),)),), (KVMove(r, CPU),)))
+    with pytest.raises(PlanError, match="cannot be streamed"):
+        start_plan(s, StepPlan((SubBatch((PrefillChunk(r, 5, 3, CPU),)),), (KVMove(r, CPU),)))
+    run_plan(s, StepPlan((SubBatch(gpu_decode=(decoding(s, "a"),)),), (KVMove(r, CPU),)))
+    run_plan(s, StepPlan((SubBatch((PrefillChunk(r, 5, 3, CPU),)),)))
     assert (held(s, r), r.tier, r.state) == ((0, 8), CPU, State.PREFILL)
     check_integrity(s)
     run_plan(s, StepPlan((SubBatch((PrefillChunk(r, 8, 4),)),), (KVMove(r, GPU),)))
@@ -315,3 +320,20 @@ def test_compiling_changes_nothing() -> None:
     planned = start_plan(s, plan)
     assert alone.template is planned.graph.template, "templates are shared"
     assert alone.works == planned.graph.works
+
+
+def test_blocks_that_leave_in_some_layers_make_no_room_for_the_same_step() -> None:
+    """A layer's copy ends before that layer's PRE, which may be too late for the new KV of an earlier one."""
+    for layers, fits in (((0, 4), True), (None, True), ((1, 4), False)):
+        s = scheduler(gpu=5)  # of which staging takes one
+        out, grows = decoding(s, "out", 8), decoding(s, "grows", 8)
+        gpu = s.view.pools[GPU]
+        assert gpu.free == 0
+        assert grows.computed % 4 == 0, "its next token needs a block in each layer"
+        plan = StepPlan((SubBatch(gpu_decode=(grows,)),), (KVMove(out, CPU, layers),))
+        if fits:
+            run_plan(s, plan)
+            check_integrity(s)
+        else:
+            with pytest.raises(PlanError, match="gpu-blocks"):
+                start_plan(s, plan)

@@ -124,15 +124,16 @@ def test_new_kv_for_the_cpu_leaves_behind_its_pre_and_frees_the_staging_layer_fo
 
 @pytest.mark.parametrize("ring", [1, 2, 3])
 def test_a_streamed_layer_waits_for_its_staging_buffer(ring: int) -> None:
-    """Of n buffers, a layer takes the one that the attention n layers before has finished with."""
+    """Of n buffers, a layer takes the one that the n-th streamed layer before it has been read from."""
     stream = request("s", 20, None, 0b110111)
     ops = list(compile(StepPlan((SubBatch(stream_decode=(stream,)),)), toy_model(6), 4, ring).expand())
     at = {(op.kind, op.layer): op.index for op in ops}
-    assert sorted(layer for kind, layer in at if kind is OpKind.STREAM) == [0, 1, 2, 4, 5]
-    for layer in (0, 1, 2, 4, 5):
+    streamed = [0, 1, 2, 4, 5]
+    assert sorted(layer for kind, layer in at if kind is OpKind.STREAM) == streamed
+    for i, layer in enumerate(streamed):
         deps = ops[at[OpKind.STREAM, layer]].deps
         before = [d for d in deps if ops[d].kind is OpKind.GPU_ATTN]
-        assert before == ([at[OpKind.GPU_ATTN, layer - ring]] if layer >= ring else [])
+        assert before == ([at[OpKind.GPU_ATTN, streamed[i - ring]]] if i >= ring else [])
         assert at[OpKind.STREAM, layer] in ops[at[OpKind.GPU_ATTN, layer]].deps
 
 

@@ -156,7 +156,7 @@ CASES: list[tuple[str, list[str], str | None, Broken]] = [
         "moves",
         ["twice"],
         "split",
-        lambda s: one(gpu=[s.gpu], moves=(KVMove(s.split, CPU, (0, 1)), KVMove(s.split, CPU, (1, 2)))),
+        lambda s: one(gpu=[s.gpu], moves=(KVMove(s.split, CPU, (0, 2)), KVMove(s.split, CPU, (1, 2)))),
     ),
     (
         "moves",
@@ -277,7 +277,7 @@ GOOD: list[Broken] = [
     lambda s: one(gpu=[s.gpu], moves=(KVMove(s.gpu, CPU, (1, 3), MoveOrder.AFTER),)),
     lambda s: one(stream=[s.split], moves=(KVMove(s.split, CPU, (0, 1), MoveOrder.AFTER),)),
     lambda s: one(gpu=[s.gpu], moves=(KVMove(s.part, CPU),)),
-    lambda s: one(chunk(s.part, 2, CPU), moves=(KVMove(s.part, CPU),)),
+    lambda s: one(chunk(s.cpart, 2), moves=(KVMove(s.cpart, GPU),)),
     lambda s: one(chunk(s.cpart, 7, CPU), chunk(s.part, 7), chunk(s.new, 6)),
     lambda s: one(gpu=[s.gpu], evict=(Evict(s.g2), Evict(s.part, EvictMode.SWAP), Evict(s.cpu))),
     lambda s: one(gpu=[s.gpu], evict=(Evict(s.split, EvictMode.SWAP),)),

@@ -1,0 +1,1 @@
+"""What runs where, under which budgets and policy: shared by the simulator and the engine."""
