@@ -71,15 +71,20 @@ neo_cpu_status neo::check(const neo_cpu_decode *args) noexcept {
               "out_head_stride is %" PRId64 ", a head takes %d", args->out_head_stride, cache.head_dim);
     REFUSE_IF(args->batch > 1 && args->out_stride < cache.head_dim, "out_stride is %" PRId64 ", a head takes %d",
               args->out_stride, cache.head_dim);
+    REFUSE_IF(args->sequences == nullptr && args->batch > args->n_sequences,
+              "%d queries for %d sequences: give each query's sequence", args->batch, args->n_sequences);
     for (int32_t i = 0; i < args->batch; i++) {
+        const int32_t sequence = args->sequences == nullptr ? i : args->sequences[i];
+        REFUSE_IF(sequence < 0 || sequence >= args->n_sequences, "sequences[%d] is %d, there are %d", i, sequence,
+                  args->n_sequences);
         const int32_t length = args->lengths[i];
         REFUSE_IF(length < 0, "lengths[%d] is %d, must not be negative", i, length);
         const int64_t blocks = (int64_t{length} + cache.block_size - 1) / cache.block_size;
         REFUSE_IF(blocks > 0 && args->block_tables == nullptr, "block_tables must not be NULL");
         REFUSE_IF(blocks > args->table_stride, "lengths[%d] is %d, block_tables has room for %" PRId64 " tokens", i,
                   length, args->table_stride * cache.block_size);
-        const int32_t *table = args->block_tables + i * args->table_stride;
-        if (const neo_cpu_status status = check_blocks(table, blocks, cache.num_blocks, i))
+        const int32_t *table = args->block_tables + sequence * args->table_stride;
+        if (const neo_cpu_status status = check_blocks(table, blocks, cache.num_blocks, sequence))
             return status;
     }
     return NEO_CPU_OK;
@@ -116,6 +121,27 @@ neo_cpu_status neo::check(const neo_cpu_append *args) noexcept {
         REFUSE_IF(block < 0 || block >= cache.num_blocks,
                   "block_tables[%d][%" PRId64 "] is %d, the cache has %d blocks", sequence, entry, block,
                   cache.num_blocks);
+    }
+    return NEO_CPU_OK;
+}
+
+neo_cpu_status neo::check(const neo_cpu_copy *args) noexcept {
+    REFUSE_IF(args == nullptr, "args must not be NULL");
+    REFUSE_IF(args->size != sizeof(*args), "copy arguments have size %zu, this library's %zu", args->size,
+              sizeof(*args));
+    REFUSE_IF(args->count < 0, "count is %d, must not be negative", args->count);
+    REFUSE_IF(args->block_bytes < 1, "block_bytes is %" PRId64 ", must be positive", args->block_bytes);
+    if (args->count == 0)
+        return NEO_CPU_OK;
+    REFUSE_IF(args->src == nullptr || args->dst == nullptr, "src and dst must not be NULL");
+    REFUSE_IF(args->src_blocks == nullptr || args->dst_blocks == nullptr,
+              "src_blocks and dst_blocks must not be NULL");
+    for (int32_t i = 0; i < args->count; i++) {
+        const int32_t from = args->src_blocks[i], to = args->dst_blocks[i];
+        REFUSE_IF(from < 0 || from >= args->src_count, "src_blocks[%d] is %d, there are %d blocks", i, from,
+                  args->src_count);
+        REFUSE_IF(to < 0 || to >= args->dst_count, "dst_blocks[%d] is %d, there are %d blocks", i, to,
+                  args->dst_count);
     }
     return NEO_CPU_OK;
 }

@@ -8,5 +8,6 @@ namespace neo {
 neo_cpu_status check(const neo_cpu_cache *cache) noexcept;
 neo_cpu_status check(const neo_cpu_decode *args) noexcept;
 neo_cpu_status check(const neo_cpu_append *args) noexcept;
+neo_cpu_status check(const neo_cpu_copy *args) noexcept;
 
 } // namespace neo

@@ -23,7 +23,7 @@ constexpr int64_t TASKS_PER_THREAD = 8;
 constexpr float LOG2_E = 1.44269504f;
 
 struct Piece {
-    int32_t sequence;
+    int32_t sequence;      // of the batch
     int32_t first;         // token
     int32_t of;            // pieces of this sequence
     int64_t first_of_sequence; // index of the sequence's first piece
@@ -81,7 +81,8 @@ NeoPiece describe(const Decode &decode, const Piece &piece, int64_t index, int32
     NeoPiece work;
     work.k = static_cast<const char *>(cache.k) + offset;
     work.v = static_cast<const char *>(cache.v) + offset;
-    work.blocks = args.block_tables + piece.sequence * args.table_stride + piece.first / cache.block_size;
+    const int64_t row = args.sequences == nullptr ? piece.sequence : args.sequences[piece.sequence];
+    work.blocks = args.block_tables + row * args.table_stride + piece.first / cache.block_size;
     work.q = scores + 4 * NEO_MAX_SEGMENT;
     work.sum_v = decode.sum_v + at * cache.head_dim;
     work.reference = decode.reference + at;
@@ -90,7 +91,6 @@ NeoPiece describe(const Decode &decode, const Piece &piece, int64_t index, int32
     work.block_stride = cache.block_stride;
     work.head_stride = cache.head_stride;
     work.tokens = std::min(PIECE_TOKENS, args.lengths[piece.sequence] - piece.first);
-    
     work.segment = decode.segment;
     work.block_size = cache.block_size;
     work.head_dim = cache.head_dim;
@@ -240,20 +240,4 @@ extern "C" neo_cpu_status neo_cpu_decode_attention(neo_cpu_pool *pool, const neo
 extern "C" neo_cpu_status neo_cpu_read_cache(neo_cpu_pool *pool, const neo_cpu_decode *args,
                                              int32_t *checksum) {
     return run(pool, args, Doing::READ, checksum);
-}
-
-extern "C" void neo_cpu_run(void *pointer) {
-    neo_cpu_job *job = static_cast<neo_cpu_job *>(pointer);
-    if (job == nullptr || job->size != sizeof(*job))
-        return;
-    job->status = NEO_CPU_OK;
-    if (job->append != nullptr)
-        job->status = neo_cpu_append_kv(job->pool, job->append);
-    if (job->status == NEO_CPU_OK && job->decode != nullptr)
-        job->status = neo_cpu_decode_attention(job->pool, job->decode);
-    const char *message = job->status == NEO_CPU_OK ? "" : neo_cpu_last_error();
-    size_t n = 0;
-    for (; n + 1 < sizeof(job->message) && message[n] != '\0'; n++)
-        job->message[n] = message[n];
-    job->message[n] = '\0';
 }

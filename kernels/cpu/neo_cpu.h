@@ -1,5 +1,6 @@
 /*
- * neo's kernels for the CPU: decode attention over a paged KV cache, and appending to that cache.
+ * neo's kernels for the CPU: decode attention over a paged KV cache, appending to that cache, copying its blocks,
+ * and threads that run such work in order.
  *
  * Plain C, meant for ctypes and for callbacks. Nothing here throws, aborts or prints. Every function that can
  * fail returns a neo_cpu_status; neo_cpu_last_error() then explains it. Structs begin with `size`, which the
@@ -26,20 +27,25 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define NEO_CPU_ABI 1
+#define NEO_CPU_ABI 2
 
 typedef enum neo_cpu_status {
     NEO_CPU_OK = 0,
     NEO_CPU_BAD_ARGUMENT = 1, /* null pointer, size, stride, data type, block number, ... */
     NEO_CPU_NO_MEMORY = 2,    /* workspace or threads could not be had */
-    NEO_CPU_UNSUPPORTED = 3   /* this processor has none of the instruction sets built in */
+    NEO_CPU_UNSUPPORTED = 3,  /* this processor has none of the instruction sets built in */
+    NEO_CPU_TIMEOUT = 4,      /* a wait ended before the job did */
+    NEO_CPU_FULL = 5,         /* the worker has as many jobs as it can hold */
+    NEO_CPU_DEPENDENCY = 6,   /* not run: a job it comes after failed */
+    NEO_CPU_NO_FLAG = 7,      /* not run: its wait_flag was not set in time */
+    NEO_CPU_CANCELLED = 8     /* not run: the worker was destroyed first */
 } neo_cpu_status;
 
 typedef enum neo_cpu_dtype { NEO_CPU_FP32 = 0, NEO_CPU_FP16 = 1, NEO_CPU_BF16 = 2 } neo_cpu_dtype;
 
 /* NEO_CPU_ABI of the library. */
 int32_t neo_cpu_abi(void);
-/* "1.0.0": the library's version. */
+/* "2.0.0": the library's version. */
 const char *neo_cpu_version(void);
 /* What dispatch chose on this machine: "avx512", "avx2", "neon" or "unsupported". */
 const char *neo_cpu_target(void);
@@ -94,8 +100,8 @@ typedef struct neo_cpu_cache {
 /* ---- decode attention ---- */
 
 /*
- * out[i][h] = softmax(scale * q[i][h] . K) V over the first lengths[i] tokens of sequence i, KV head
- * h / (q_heads / kv_heads). All sums are in fp32. A sequence of length 0 gives zeros (and lse -infinity).
+ * out[i][h] = softmax(scale * q[i][h] . K) V over the first lengths[i] tokens of the sequence in row sequences[i]
+ * (NULL: row i) of the block tables, KV head h / (q_heads / kv_heads). All sums are in fp32. A sequence of length 0 gives zeros (and lse -infinity).
  * Results do not depend on the thread count, nor on which other sequences are in the batch.
  * Nothing is read of blocks that the first lengths[i] tokens do not touch, nor of later table entries.
  * What is left over in the last block may be anything, NaN included.
@@ -107,10 +113,12 @@ typedef struct neo_cpu_decode {
     void *out;     /* likewise; must not overlap q or the cache */
     float *lse;    /* NULL, or [batch][q_heads]: natural log of the sum of exp(scores) */
     int64_t q_stride, q_head_stride, out_stride, out_head_stride; /* elements */
-    const int32_t *block_tables; /* [batch][>= ceil(lengths[i] / block_size)] */
+    const int32_t *block_tables; /* [n_sequences][>= ceil(lengths[i] / block_size)] */
     int64_t table_stride;        /* entries */
+    const int32_t *sequences;    /* NULL or [batch]; two queries may name the same one */
     const int32_t *lengths;      /* [batch], tokens, >= 0 */
     int32_t batch;
+    int32_t n_sequences;
     int32_t q_heads;  /* a multiple of kv_heads */
     int32_t io_dtype; /* neo_cpu_dtype of q and out: any, whatever the cache's */
     float scale;      /* finite */
@@ -148,19 +156,94 @@ typedef struct neo_cpu_append {
 
 neo_cpu_status neo_cpu_append_kv(neo_cpu_pool *pool, const neo_cpu_append *args);
 
-/* ---- both, as a callback ---- */
+/* ---- copying blocks ---- */
 
-/* Work that another thread may run: neo_cpu_run has the shape of a host callback (cudaLaunchHostFunc, ...). */
+/*
+ * Block dst_blocks[i] of one memory becomes block src_blocks[i] of another, or of the same. A block is block_bytes
+ * long; block b lies at b * block_bytes. No block may be written twice, nor be both read and written.
+ */
+typedef struct neo_cpu_copy {
+    size_t size;
+    const void *src;
+    void *dst;
+    int64_t block_bytes;
+    const int32_t *src_blocks; /* [count], 0 to src_count - 1 */
+    const int32_t *dst_blocks; /* [count], 0 to dst_count - 1 */
+    int32_t src_count;         /* blocks in each memory */
+    int32_t dst_count;
+    int32_t count;
+} neo_cpu_copy;
+
+/* With pool NULL the calling thread copies alone. Either all blocks are copied or, on an error, none. */
+neo_cpu_status neo_cpu_copy_blocks(neo_cpu_pool *pool, const neo_cpu_copy *args);
+
+/* ---- jobs ---- */
+
+/*
+ * Work that another thread may run. A flag is a number that only grows (and may wrap around), in memory that a device
+ * may read and write: a job with a wait_flag starts once (int32_t)(*wait_flag - wait_value) >= 0, and done_flag is
+ * set to done_value when the job has ended, whether or not it succeeded or was run at all.
+ */
 typedef struct neo_cpu_job {
     size_t size;
-    neo_cpu_pool *pool;
+    neo_cpu_pool *pool;           /* NULL: the worker's */
     const neo_cpu_append *append; /* first, unless NULL */
     const neo_cpu_decode *decode; /* then, unless NULL */
-    int32_t status;               /* out: neo_cpu_status */
-    char message[252];            /* out: "" or why it failed */
+    const neo_cpu_copy *copy;     /* last, unless NULL */
+    const volatile uint32_t *wait_flag; /* or NULL */
+    volatile uint32_t *done_flag;       /* or NULL */
+    uint32_t wait_value;
+    uint32_t done_value;
+    int64_t start_ns;    /* out: CLOCK_MONOTONIC when it began, with all it waits for there */
+    int64_t end_ns;      /* out: likewise, when it ended */
+    int32_t status;      /* out: neo_cpu_status */
+    char message[252];   /* out: "" or why it failed */
 } neo_cpu_job;
 
+/* Has the shape of a host callback (cudaLaunchHostFunc, ...). Waits for wait_flag for 10 s at most. */
 void neo_cpu_run(void *job);
+
+/* ---- workers ---- */
+
+/* A thread of its own that runs jobs in the order in which they were submitted. */
+typedef struct neo_cpu_worker neo_cpu_worker;
+
+typedef struct neo_cpu_worker_options {
+    size_t size;
+    neo_cpu_pool *pool;      /* for jobs that name none; outlives the worker. NULL: there is none */
+    int64_t flag_timeout_us; /* how long a job waits for its wait_flag before it fails */
+    int32_t core;            /* where the thread runs; -1: where the system puts it */
+    int32_t spin_us;         /* how long it, and who waits for it, spins before sleeping; -1: never sleeps */
+} neo_cpu_worker_options;
+
+/* A job of a worker. Tickets count from 1. */
+typedef struct neo_cpu_after {
+    neo_cpu_worker *worker;
+    int64_t ticket;
+} neo_cpu_after;
+
+neo_cpu_status neo_cpu_worker_create(const neo_cpu_worker_options *options, neo_cpu_worker **worker);
+/*
+ * Ends the thread. A job that runs is finished, all later ones fail with NEO_CPU_CANCELLED. No other call on this
+ * worker may be going on; jobs of other workers may still come after its jobs. NULL is allowed.
+ */
+void neo_cpu_worker_destroy(neo_cpu_worker *worker);
+
+/*
+ * Queues a job, to be run once all in `after` (of any worker, this one too) have ended; if one of those failed, it is then
+ * not run and fails with NEO_CPU_DEPENDENCY. `after` is copied; the job and all it points to must stay until it has
+ * ended. Refused with NEO_CPU_FULL while 4096 jobs have not ended. ticket may be NULL. From any thread.
+ */
+neo_cpu_status neo_cpu_worker_submit(neo_cpu_worker *worker, neo_cpu_job *job, const neo_cpu_after *after,
+                                     int32_t n_after, int64_t *ticket);
+/*
+ * Waits until a job has ended, for timeout_us at most (negative: without limit). NEO_CPU_TIMEOUT if it has not; else
+ * the job's status, with its message in neo_cpu_last_error(). A ticket may be waited for again, from any thread; the
+ * last 4096 failures of a worker are remembered.
+ */
+neo_cpu_status neo_cpu_worker_wait(neo_cpu_worker *worker, int64_t ticket, int64_t timeout_us);
+/* The last ticket whose job has ended (all before it have too); 0 if none. */
+int64_t neo_cpu_worker_finished(const neo_cpu_worker *worker);
 
 #if defined(__GNUC__)
 #pragma GCC visibility pop

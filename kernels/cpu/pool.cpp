@@ -3,40 +3,10 @@
 #include <chrono>
 #include <new>
 
-#ifdef __linux__
-#include <pthread.h>
-#include <sched.h>
-#endif
-
 #include "error.h"
+#include "thread.h"
 
-namespace {
-
-constexpr int SPINS_PER_LOOK = 64; // pauses between looks at the clock (about 1 us)
-
-inline void relax() noexcept {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
-// A core that is gone or forbidden is no reason to fail: the thread then runs where the system puts it.
-void pin(int core) noexcept {
-#ifdef __linux__
-    if (core < 0 || core >= CPU_SETSIZE)
-        return;
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(core, &set);
-    pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
-#else
-    (void)core;
-#endif
-}
-
-} // namespace
+using neo::SPINS_PER_LOOK;
 
 void *neo::Buffer::reserve(size_t bytes) noexcept {
     constexpr size_t line = 64;
@@ -96,7 +66,7 @@ void neo_cpu_pool::run(Function function, void *context) noexcept {
     wake();
     function(context, 0);
     for (long spins = 0; running_.load(std::memory_order_acquire) != 0; spins++) {
-        relax();
+        neo::relax();
         if (spins > 100 * SPINS_PER_LOOK)
             std::this_thread::yield(); // a worker lost its core: let it have this one
     }
@@ -110,7 +80,7 @@ unsigned neo_cpu_pool::wait_for_work(unsigned seen) noexcept {
             const unsigned now = generation_.load(std::memory_order_acquire);
             if (now != seen)
                 return now;
-            relax();
+            neo::relax();
         }
         if (steps_.load(std::memory_order_relaxed) > 0) {
             until = clock::now() + std::chrono::microseconds(spin_us_);
@@ -124,7 +94,7 @@ unsigned neo_cpu_pool::wait_for_work(unsigned seen) noexcept {
 }
 
 void neo_cpu_pool::work(int worker, int core) noexcept {
-    pin(core);
+    neo::pin(core);
     unsigned seen = 0;
     for (;;) {
         seen = wait_for_work(seen);

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from neo.core.graph import RESOURCE_OF, OpKind, Resource, Template, TemplateOp
+from neo.core.graph import OpKind, Resource, Template, TemplateOp
 from neo.core.timing import busy_seconds, step_seconds
 
 NO_WORK = "no_work"  # nothing for this resource: between steps, or in the whole step
@@ -65,7 +65,7 @@ def attribute(ran: Sequence[Ran]) -> tuple[float, Idle]:
     for i, op in enumerate(ran):
         free = ran[last[op.resource]].end if op.resource in last else 0.0
         if op.start > free:
-            _share_out(ran, op.bound, free, op.start, op.resource, idle)
+            share_out(ran, op.bound, free, op.start, op.resource, idle)
         last[op.resource] = i
     if not ran:
         return 0.0, idle
@@ -73,12 +73,12 @@ def attribute(ran: Sequence[Ran]) -> tuple[float, Idle]:
     length = ran[final].end
     for resource, i in last.items():
         if ran[i].end < length:
-            _share_out(ran, final, ran[i].end, length, resource, idle)
+            share_out(ran, final, ran[i].end, length, resource, idle)
     return length, idle
 
 
-def _share_out(ran: Sequence[Ran], at: int, low: float, high: float, waits: Resource, idle: Idle) -> None:
-    """The gap ``low``..``high`` of a resource over the operations on the critical path that ends at ``at``."""
+def share_out(ran: Sequence[Ran], at: int, low: float, high: float, waits: Resource, idle: Idle) -> None:
+    """Add to ``idle`` the gap ``low``..``high`` of a resource, over the critical path that ends at ``at``."""
     while high > low:
         if at < 0:
             idle[waits, OTHER] = idle.get((waits, OTHER), 0.0) + high - low
@@ -97,7 +97,7 @@ def _share_out(ran: Sequence[Ran], at: int, low: float, high: float, waits: Reso
         at = op.bound
 
 
-# -- steps that are priced ------------------------------------------------------------
+# -- steps that are priced -----------------------------------------------------------------------------
 
 
 class _Step(NamedTuple):
@@ -258,8 +258,3 @@ def _serial(busy: Mapping[Resource, float]) -> Idle:
                     cause = _CAUSE_OF[other]
                     idle[resource, cause] = idle.get((resource, cause), 0.0) + value
     return idle
-
-
-def waiting_for(kind: OpKind) -> str:
-    """The cause that an operation of this kind is to those that wait for it."""
-    return _CAUSE_OF[RESOURCE_OF[kind]]

@@ -200,10 +200,14 @@ class Pool:
         if status:
             c.raise_for(status, self._library.neo_cpu_last_error().decode())
 
+    def begin(self) -> None:
+        """Let idle workers not sleep any more, until the pool is closed."""
+        self.check(self._library.neo_cpu_pool_begin_step(self.handle))
+
     @contextmanager
     def step(self) -> Iterator[None]:
         """While inside, idle workers do not sleep."""
-        self.check(self._library.neo_cpu_pool_begin_step(self.handle))
+        self.begin()
         try:
             yield
         finally:
@@ -271,26 +275,35 @@ def decode_attention(
     lengths: Ints,
     scale: float | None = None,
     lse: npt.NDArray[np.float32] | None = None,
+    sequences: Ints | None = None,
 ) -> None:
     """Attention of one new token per sequence over its cached tokens, written to `out`.
 
     q, out: [batch, q_heads, head_dim], both of one type, any of `KVType`; block_tables: int32
-    [batch, >= blocks]; lengths: int32 [batch], in tokens, 0 gives zeros; scale: 1 / sqrt(head_dim) if None;
-    lse: float32 [batch, q_heads], receives the natural log of the sum of exponentials. Raises ValueError for
-    bad arguments.
+    [sequences, >= blocks]; sequences: int32 [batch], which row of `block_tables` each query uses, by default
+    row i for query i, and then there are as many of each; lengths: int32 [batch], in tokens, 0 gives zeros;
+    scale: 1 / sqrt(head_dim) if None; lse: float32 [batch, q_heads], receives the natural log of the sum of
+    exponentials. Raises ValueError for bad arguments.
     """
     struct = cache.struct()
-    args = _decode_struct(cache, struct, q, out, block_tables, lengths, scale, lse)
+    args = _decode_struct(cache, struct, q, out, block_tables, lengths, scale, lse, sequences)
     pool.check(c.load().neo_cpu_decode_attention(pool.handle, args))
 
 
-def read_cache(pool: Pool, cache: PagedCache, q: Array | Rows, block_tables: Ints, lengths: Ints) -> int:
+def read_cache(
+    pool: Pool,
+    cache: PagedCache,
+    q: Array | Rows,
+    block_tables: Ints,
+    lengths: Ints,
+    sequences: Ints | None = None,
+) -> int:
     """Only read what `decode_attention` would, in the same order: the roof to hold it against.
 
     `q` gives batch and heads. Returns a checksum.
     """
     struct = cache.struct()
-    args = _decode_struct(cache, struct, q, q, block_tables, lengths, None, None)
+    args = _decode_struct(cache, struct, q, q, block_tables, lengths, None, None, sequences)
     checksum = ctypes.c_int32()
     pool.check(c.load().neo_cpu_read_cache(pool.handle, args, checksum))
     return checksum.value
@@ -305,6 +318,7 @@ def _decode_struct(
     lengths: Ints,
     scale: float | None,
     lse: npt.NDArray[np.float32] | None,
+    sequences: Ints | None = None,
 ) -> c.Decode:
     queries, outputs = _rows(q, "q", None, cache), _rows(out, "out", None, cache)
     if queries.shape != outputs.shape or queries.dtype != outputs.dtype:
@@ -314,8 +328,10 @@ def _decode_struct(
     batch, heads, _ = queries.shape
     _ints(lengths, "lengths", 1)
     _ints(block_tables, "block_tables", 2)
-    if lengths.shape != (batch,) or block_tables.shape[0] != batch:
-        raise ValueError(f"{batch} queries, {len(lengths)} lengths, {len(block_tables)} block tables")
+    rows = block_tables.shape[:1] if sequences is None else _ints(sequences, "sequences", 1).shape
+    if lengths.shape != (batch,) or rows != (batch,):
+        what = "block tables" if sequences is None else "sequences"
+        raise ValueError(f"{batch} queries, {len(lengths)} lengths, {rows[0]} {what}")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
     if lse is not None and (
@@ -334,8 +350,10 @@ def _decode_struct(
         out_head_stride=outputs.head_stride,
         block_tables=address,
         table_stride=stride,
+        sequences=None if sequences is None else sequences.ctypes.data,
         lengths=lengths.ctypes.data,
         batch=batch,
+        n_sequences=len(block_tables),
         q_heads=heads,
         io_dtype=int(queries.dtype),
         scale=1.0 / math.sqrt(cache.head_dim) if scale is None else scale,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 LIBRARY_VARIABLE = "NEO_CPU_LIBRARY"
 _NAME = "libneo_cpu.so"
 _ROOT = Path(__file__).resolve().parents[2]
 
-_REFUSED, _NO_MEMORY, _UNSUPPORTED = 1, 2, 3
+_REFUSED, _NO_MEMORY = 1, 2
+TIMEOUT = 4
+"""Status of a wait that ended before the job did."""
 
 
 class CpuKernelsMissingError(RuntimeError):
@@ -21,7 +23,7 @@ class CpuKernelsMissingError(RuntimeError):
 
 
 class CpuKernelError(RuntimeError):
-    """The library could not do what was asked, for want of memory or of a usable instruction set."""
+    """The library could not do it: no usable instruction set, a job that failed, was not run or hangs."""
 
 
 class Sized(ctypes.Structure):
@@ -77,8 +79,10 @@ class Decode(Sized):
         ("out_head_stride", c_int64),
         ("block_tables", c_void_p),
         ("table_stride", c_int64),
+        ("sequences", c_void_p),
         ("lengths", c_void_p),
         ("batch", c_int32),
+        ("n_sequences", c_int32),
         ("q_heads", c_int32),
         ("io_dtype", c_int32),
         ("scale", c_float),
@@ -105,6 +109,22 @@ class Append(Sized):
     )
 
 
+class Copy(Sized):
+    """``neo_cpu_copy``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("src", c_void_p),
+        ("dst", c_void_p),
+        ("block_bytes", c_int64),
+        ("src_blocks", c_void_p),
+        ("dst_blocks", c_void_p),
+        ("src_count", c_int32),
+        ("dst_count", c_int32),
+        ("count", c_int32),
+    )
+
+
 class Job(Sized):
     """``neo_cpu_job``."""
 
@@ -113,9 +133,34 @@ class Job(Sized):
         ("pool", c_void_p),
         ("append", POINTER(Append)),
         ("decode", POINTER(Decode)),
+        ("copy", POINTER(Copy)),
+        ("wait_flag", c_void_p),
+        ("done_flag", c_void_p),
+        ("wait_value", c_uint32),
+        ("done_value", c_uint32),
+        ("start_ns", c_int64),
+        ("end_ns", c_int64),
         ("status", c_int32),
         ("message", c_char * 252),
     )
+
+
+class WorkerOptions(Sized):
+    """``neo_cpu_worker_options``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("pool", c_void_p),
+        ("flag_timeout_us", c_int64),
+        ("core", c_int32),
+        ("spin_us", c_int32),
+    )
+
+
+class After(ctypes.Structure):
+    """``neo_cpu_after``."""
+
+    _fields_ = (("worker", c_void_p), ("ticket", c_int64))
 
 
 def library_path() -> Path:
@@ -136,7 +181,7 @@ def library_path() -> Path:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    status, pool = c_int32, c_void_p
+    status, pool, worker = c_int32, c_void_p, c_void_p
     signatures: dict[str, tuple[object, list[object]]] = {
         "neo_cpu_abi": (c_int32, []),
         "neo_cpu_version": (c_char_p, []),
@@ -150,7 +195,13 @@ def _declare(library: ctypes.CDLL) -> None:
         "neo_cpu_decode_attention": (status, [pool, POINTER(Decode)]),
         "neo_cpu_read_cache": (status, [pool, POINTER(Decode), POINTER(c_int32)]),
         "neo_cpu_append_kv": (status, [pool, POINTER(Append)]),
+        "neo_cpu_copy_blocks": (status, [pool, POINTER(Copy)]),
         "neo_cpu_run": (None, [c_void_p]),
+        "neo_cpu_worker_create": (status, [POINTER(WorkerOptions), POINTER(c_void_p)]),
+        "neo_cpu_worker_destroy": (None, [worker]),
+        "neo_cpu_worker_submit": (status, [worker, POINTER(Job), POINTER(After), c_int32, POINTER(c_int64)]),
+        "neo_cpu_worker_wait": (status, [worker, c_int64, c_int64]),
+        "neo_cpu_worker_finished": (c_int64, [worker]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

@@ -29,7 +29,8 @@ def test_something_else_is_not_the_library(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_importing_needs_neither_library_nor_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; import neo.runtime.cpu_kernels, neo.runtime.cpu_reference; "
+        "import sys; sys.modules['torch'] = None; "
+        "import neo.runtime.cpu_kernels, neo.runtime.cpu_reference, neo.runtime.cpu_worker; "
         "assert not any(m.startswith(('neo.sim', 'pydantic', 'simpy')) for m in sys.modules)"
     )
     environment = {cpu_library.LIBRARY_VARIABLE: str(tmp_path / "nothing.so")}

@@ -85,6 +85,7 @@ DECODE = [
     ("block_tables", None, "block_tables must not be NULL"),
     ("table_stride", 1, "room for 16 tokens"),
     ("batch", -1, "batch is -1"),
+    ("n_sequences", 1, "2 queries for 1 sequences"),
     ("q_heads", 0, "q_heads"),
     ("q_heads", 5, "multiple of kv_heads"),
     ("io_dtype", 3, "io_dtype 3"),
@@ -154,6 +155,14 @@ def test_bad_numbers_in_arrays(pool: ck.Pool) -> None:
     lengths = np.array([20, -3], np.int32)
     with pytest.raises(ValueError, match=r"lengths\[1\] is -3"):
         ck.decode_attention(pool, case.cache, case.q, case.q.copy(), case.tables, lengths)
+    for bad in (-1, 2):
+        sequences = np.array([0, bad], np.int32)
+        with pytest.raises(ValueError, match=rf"sequences\[1\] is {bad}, there are 2"):
+            ck.decode_attention(
+                pool, case.cache, case.q, case.q.copy(), case.tables, case.lengths, sequences=sequences
+            )
+        with pytest.raises(ValueError, match=rf"sequences\[1\] is {bad}"):
+            ck.read_cache(pool, case.cache, case.q, case.tables, case.lengths, sequences)
     rows = np.zeros((1, 2, 64), np.float32)
     one = np.zeros(1, np.int32)
     with pytest.raises(ValueError, match=r"sequences\[0\] is 2"):

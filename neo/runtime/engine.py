@@ -1,0 +1,358 @@
+"""The engine: the second driver of the Scheduler, with a real clock, real tokens and real KV memory.
+
+Its loop is three calls long::
+
+    planned = self._plan()
+    times = self._run(planned)
+    return self._finish(planned, times)
+
+With ``ahead`` the next step is planned while this one runs, on the assumption that it ends as planned; what a
+request that stopped unforeseen (an end token) still computed in that next step is thrown away.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from neo.core.errors import InputError, NeoError
+from neo.core.record import RunRecord
+from neo.core.recorder import Begun, Recorder
+from neo.core.request import FinishReason, Request, Tier
+from neo.core.runlog import RunLog
+from neo.core.scheduler import Planned, Scheduler, StepResult
+from neo.runtime.cpu_library import CpuKernelError
+from neo.runtime.errors import EngineError
+from neo.runtime.executor import Executor, StepTimes
+from neo.runtime.sampler_state import SamplerState
+from neo.runtime.sampling import Sampler, SamplingError, TokenLogprobs
+from neo.runtime.sampling_params import SamplingParams
+from neo.runtime.step_inputs import prepare
+
+
+class Output(NamedTuple):
+    """What a step brought to a request: a token, its end, or both.
+
+    A request that ends without a token (aborted, rejected, failed) has ``token`` None; ``detail`` says why.
+    """
+
+    request_id: str
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How an engine runs.
+
+    Attributes:
+        max_model_len: tokens of prompt and output together that a request may have.
+        eos_token_ids: tokens that end a request unless it ignores them.
+        seed: of requests that bring none.
+        ahead: plan the next step while one runs.
+    """
+
+    max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+    ahead: bool = False
+
+
+class _Live:
+    """A request's tokens and how it samples."""
+
+    __slots__ = ("ended", "ends", "prompt", "request", "state")
+
+    def __init__(
+        self, request: Request, prompt: Sequence[int], state: SamplerState, ends: frozenset[int]
+    ) -> None:
+        self.request = request
+        self.prompt = prompt
+        self.state = state
+        self.ends = ends
+        self.ended = False  # told to its client, though a step planned ahead may still hold it
+
+    @property
+    def tokens(self) -> list[int]:
+        """Generated so far."""
+        return self.state.tokens
+
+
+_SCHEDULE = 0  # its work is the first of every graph
+
+
+class _Running(NamedTuple):
+    planned: Planned
+    begun: Begun
+    start_s: float
+    planned_s: float
+
+
+class Engine:
+    """Adds, aborts and steps. Not thread-safe: one thread owns it.
+
+    Args:
+        scheduler: fresh; its pools are those of the executor's tables.
+        executor: runs the steps.
+        vocab: tokens of the model.
+        options: see EngineOptions.
+        zero_s: what ``time.perf_counter`` shows at the zero of the run's clock; None for now.
+        log: where to write the run log.
+        record: filled as it goes; every request that is added is put there. None keeps none (a server's
+            would grow without end).
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        vocab: int,
+        options: EngineOptions,
+        zero_s: float | None = None,
+        log: RunLog | None = None,
+        record: RunRecord | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.vocab = vocab
+        self.options = options
+        self._zero = time.perf_counter() if zero_s is None else zero_s
+        self.log = log
+        self.record = record
+        self.steps = 0
+        self.last: StepTimes | None = None
+        self._recorder = Recorder(RunRecord() if record is None else record, scheduler)
+        self._sampler = Sampler(vocab)
+        self._live: dict[str, _Live] = {}
+        self._sampled: dict[str, tuple[int, TokenLogprobs | None]] = {}
+        self._next: _Running | None = None
+        self._failed: NeoError | None = None
+        self._free_at: float | None = None  # when the step before ended, if work has gone on without a pause
+        self._added = 0
+        self._thread = ThreadPoolExecutor(1, "neo-step") if options.ahead else None
+        if record is not None:
+            pools = scheduler.view.pools
+            record.kv_capacity = {str(t): pools[t].total for t in pools}
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    def clock(self) -> float:
+        """Seconds since the run's zero."""
+        return time.perf_counter() - self._zero
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._live)
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        arrival_s: float | None = None,
+        priority: int = 0,
+    ) -> Request:
+        """Queue a request; ``arrival_s`` is on the engine's clock, by default now.
+
+        Raises InputError, naming the request, if its prompt is empty, holds no token of the vocabulary or is
+        longer with its output than ``max_model_len``, or if its id is in use.
+        """
+        self._check(request_id, prompt, params)
+        now = self.clock()
+        if request_id in self._live:
+            raise InputError(f"request id {request_id!r} is already in use")
+        request = Request(
+            request_id, len(prompt), params.max_tokens, now if arrival_s is None else arrival_s, priority
+        )
+        ends = frozenset(params.stop_token_ids) | frozenset(
+            () if params.ignore_eos else self.options.eos_token_ids
+        )
+        seed = self.options.seed + self._added
+        state = SamplerState(
+            params, prompt, self.vocab, seed, () if params.ignore_eos else self.options.eos_token_ids
+        )
+        self.scheduler.add(request)
+        self._live[request_id] = _Live(request, list(prompt), state, ends)
+        self._added += 1
+        if self.record is not None:
+            self.record.requests.append(request)
+        if self.log:
+            self.log.add(now, request)
+        return request
+
+    def _check(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
+        if not len(prompt):
+            raise InputError(f"request {request_id!r}: the prompt is empty")
+        if min(prompt) < 0 or max(prompt) >= self.vocab:
+            wrong = next(t for t in prompt if not 0 <= t < self.vocab)
+            raise InputError(
+                f"request {request_id!r}: token {wrong} is not in the vocabulary of {self.vocab}"
+            )
+        most = self.options.max_model_len
+        if len(prompt) + params.max_tokens > most:
+            raise InputError(
+                f"request {request_id!r}: {len(prompt)} prompt tokens and {params.max_tokens} to generate "
+                f"are more than max_model_len = {most}"
+            )
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
+        """End a request early: at once, or with the step that runs. False if it is not live, or ending."""
+        live = self._live.get(request_id)
+        if live is None or live.ended:
+            return False
+        now = self.clock()
+        aborted = self.scheduler.abort(request_id, now, reason)
+        if aborted and self.log:
+            self.log.end(now, request_id, reason)
+        return aborted
+
+    # -- the loop -----------------------------------------------------------------------------------------
+
+    def step(self) -> list[Output]:
+        """Run one step, if there is work: plan, run, finish. Returns what it brought, in order of requests.
+
+        Raises PlanError and PolicyError from a policy, EngineError from the executor; the engine cannot go
+        on after the latter.
+        """
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
+        running = self._next or self._plan()
+        self._next = None
+        if running is None:
+            self._free_at = None
+            return self._collect({})
+        times = self._run(running)
+        return self._finish(running, times)
+
+    def _plan(self) -> _Running | None:
+        now = self.clock()
+        planned = self.scheduler.plan_step(now)
+        if planned is None:
+            return None
+        start = now if self._free_at is None else self._free_at
+        return _Running(planned, self._recorder.begin(planned), start, now)
+
+    def _run(self, running: _Running) -> StepTimes:
+        planned, tables = running.planned, self.executor.tables
+        for request in self.scheduler.ended:  # aborted since the step before: its blocks may be in this plan
+            tables.release(request.id)
+        copies = tables.begin(planned.plan)
+        inputs = prepare(planned.plan, tables, self._live)
+        self._sampled = {}
+        job = (planned.plan, planned.graph, inputs, copies, self._sample)
+        try:
+            if self._thread is None:
+                return self.executor.run(*job)
+            return self._meanwhile(planned, self._thread.submit(self.executor.run, *job))
+        except (CpuKernelError, RuntimeError) as error:
+            raise EngineError(f"the step failed: {error}") from error
+
+    def _meanwhile(self, planned: Planned, future: Future[StepTimes]) -> StepTimes:
+        """Plan the next step while this one runs. A policy's error waits until this one's tokens are out."""
+        self.scheduler.commit_step(planned)
+        try:
+            self._next = self._plan()
+        except NeoError as error:
+            self._failed = error
+        return future.result()
+
+    def _sample(self, logits: Any, requests: tuple[str, ...]) -> None:
+        """Called by the executor in HEAD, perhaps on its own thread."""
+        states = [self._live[r].state for r in requests]
+        try:
+            tokens, logprobs = self._sampler.sample(logits, states)
+        except SamplingError as error:
+            raise EngineError(f"{error} (request {requests[error.row]!r})") from error
+        self._sampled = dict(zip(requests, zip(tokens, logprobs, strict=True), strict=True))
+
+    def _finish(self, running: _Running, times: StepTimes) -> list[Output]:
+        planned, graph = running.planned, running.planned.graph
+        end = self.clock()
+        self._free_at = end
+        start = running.start_s
+        if self._thread is not None and self._next is not None:
+            self._next = self._next._replace(start_s=end)
+        times.seconds[_SCHEDULE] = max(0.0, times.begin_s - self._zero - start)
+        outputs, stopped = self._accept(end)
+        self._recorder.observe_measured(running.begun, times.busy(graph), start, end)
+        self.scheduler.finish_step(planned, StepResult(end, stopped=stopped))
+        self.executor.tables.commit()
+        if self.log:
+            self.log.step(
+                planned.plan,
+                running.planned_s,
+                end,
+                start=start,
+                stopped=stopped,
+                ops=times.by_operation(graph),
+            )
+        self.steps += 1
+        self.last = times
+        return self._collect(outputs)
+
+    def _accept(self, end: float) -> tuple[dict[str, Output], dict[str, FinishReason]]:
+        """Append what was sampled; which requests it ends."""
+        outputs: dict[str, Output] = {}
+        stopped: dict[str, FinishReason] = {}
+        for request_id, (token, logprobs) in self._sampled.items():
+            live = self._live[request_id]
+            if live.ended:
+                continue
+            live.state.append(token)
+            if token in live.ends:
+                stopped[request_id] = FinishReason.STOP
+            outputs[request_id] = Output(request_id, token, logprobs)
+        return outputs, stopped
+
+    def _collect(self, outputs: dict[str, Output]) -> list[Output]:
+        """Join tokens and ends; requests that ended give their memory back."""
+        for request_id, reason in self._over():
+            live = self._live[request_id]
+            live.ended = True
+            before = outputs.get(request_id, Output(request_id, None))
+            outputs[request_id] = before._replace(finish_reason=reason, detail=live.request.detail)
+        for request in self.scheduler.ended:
+            self.executor.tables.release(request.id)
+            del self._live[request.id]
+            if self.log and request.finish_reason is FinishReason.REJECTED:
+                self.log.end(request.finish_s or 0.0, request.id, FinishReason.REJECTED)
+        self.scheduler.ended.clear()
+        return list(outputs.values())
+
+    def _over(self) -> Iterable[tuple[str, FinishReason]]:
+        """Requests that ended and whose clients do not know yet."""
+        for request in self.scheduler.ended:
+            live = self._live[request.id]
+            if not live.ended and request.finish_reason is not None:
+                yield request.id, request.finish_reason
+        for request_id, reason in self.scheduler.stopping:
+            if not self._live[request_id].ended:
+                yield request_id, reason
+
+    # -- the end ------------------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Hold the executor's block tables against the scheduler's accounts; between two steps only.
+
+        Raises EngineError with the numbers if they differ.
+        """
+        tables = self.executor.tables
+        for tier in Tier:
+            pool = self.scheduler.view.pools[tier]
+            held = {owner: tables.held(owner, tier) for owner in tables.owners if tables.held(owner, tier)}
+            if held != pool.holders():
+                raise EngineError(f"{tier} memory holds {held}, the scheduler accounts {pool.holders()}")
+
+    def close(self) -> None:
+        """Stop the executor's threads."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        self.executor.close()

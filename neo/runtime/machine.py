@@ -1,0 +1,85 @@
+"""This machine as a HardwareSpec, where torch on its processor stands for the GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+
+from neo.core.specs import HardwareSpec
+from neo.runtime.host_facts import Roots, memory, processor
+
+_SIDE = 1024  # of the square matrices whose product is timed
+_BYTES = 1 << 26  # read and copied: several times the caches of a core
+_REPEATS = 3
+_SHARE = 0.4  # of the memory that is free: what each side, "GPU" and host, counts as its own
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def split_cores(gpu_threads: int | None, cpu_threads: int | None) -> tuple[int, int]:
+    """Threads for torch and for CPU attention: as given, else the cores shared out, at least one each."""
+    cores = usable_cores()
+    cpu = cpu_threads if cpu_threads is not None else max(1, cores // 2)
+    gpu = gpu_threads if gpu_threads is not None else max(1, cores - cpu)
+    return gpu, cpu
+
+
+def local_hardware(gpu_threads: int, cpu_threads: int) -> HardwareSpec:
+    """What is here, rates measured in about a quarter of a second: rough, for the roofline and for reports."""
+    roots = Roots()
+    found = memory(roots)
+    free = found.available if found is not None else 1 << 32
+    flops = 2.0 * _SIDE**3 / _best(_product())
+    read = _BYTES / _best(_sum())
+    copy = _BYTES / _best(_copy())
+    name = processor(roots) or platform.machine()
+    return HardwareSpec(
+        name=f"cpu-{gpu_threads}+{cpu_threads}",
+        gpu=f"{gpu_threads} thread(s) of torch on {name}",
+        cpu=name,
+        gpu_memory_bytes=_SHARE * free,
+        gpu_bandwidth=read,
+        gpu_flops=flops,
+        cpu_cores=cpu_threads,
+        cpu_memory_bytes=_SHARE * free,
+        cpu_bandwidth=read * cpu_threads / gpu_threads,
+        cpu_bandwidth_beside_copy=read * cpu_threads / gpu_threads,
+        cpu_flops=flops * cpu_threads / gpu_threads,
+        h2d_bandwidth=copy,
+        d2h_bandwidth=copy,
+        duplex_bandwidth=copy,
+        link_latency=0.0,
+    )
+
+
+def _best(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few calls."""
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _product() -> Callable[[], object]:
+    a = torch.ones(_SIDE, _SIDE)
+    return lambda: a @ a
+
+
+def _sum() -> Callable[[], object]:
+    a = torch.ones(_BYTES // 4)
+    return a.sum
+
+
+def _copy() -> Callable[[], object]:
+    a = torch.ones(_BYTES // 4)
+    b = torch.empty_like(a)
+    return lambda: b.copy_(a)

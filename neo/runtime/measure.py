@@ -1,0 +1,179 @@
+"""Runs steps of chosen shapes on an executor and tells what each of their operations took."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from neo.core.blocks import blocks_for
+from neo.core.pipeline import compile
+from neo.core.plan import KVMove, PrefillChunk, StepPlan, SubBatch
+from neo.core.request import Request, State, Tier
+from neo.core.specs import ModelSpec
+from neo.runtime.executor import Executor, operation_names
+from neo.runtime.sampler_state import SamplerState
+from neo.runtime.sampling import Sampler
+from neo.runtime.sampling_params import SamplingParams
+from neo.runtime.step_inputs import prepare
+
+
+@dataclass(frozen=True, slots=True)
+class OpSeconds:
+    """Seconds of one operation: median over the repeats of a step's mean, and their relative spread.
+
+    ``spread`` is (third quartile - first) / median.
+    """
+
+    seconds: float
+    spread: float
+
+
+Measured = dict[str, OpSeconds]
+"""By ``KIND:sub-batch``."""
+
+
+@dataclass(slots=True)
+class _Known:
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+
+
+class Bench:
+    """Steps of made-up requests on a real executor, outside any scheduler.
+
+    Args:
+        executor: its block tables must hold nobody.
+        model: shape of the model it runs.
+        block_size: tokens of a block.
+        staging_layers: staging buffers of the executor.
+        repeats: measured runs of each step, behind two that are not counted.
+        seed: of token ids.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        model: ModelSpec,
+        block_size: int,
+        staging_layers: int,
+        repeats: int,
+        seed: int = 0,
+    ) -> None:
+        self.executor = executor
+        self.model = model
+        self.block_size = block_size
+        self.staging_layers = staging_layers
+        self.repeats = repeats
+        self.spreads: list[float] = []
+        self._random = np.random.default_rng(seed)
+        self._sampler = Sampler(model.vocab)
+        self._known: dict[str, _Known] = {}
+        self._made = 0
+
+    # -- shapes of steps ----------------------------------------------------------------------------------
+
+    def decode(self, lengths: Sequence[int], tier: Tier) -> Measured:
+        """One sub-batch of decodes that read ``lengths`` KV tokens each, the new ones included."""
+        members = tuple([self.decoding(n, tier) for n in lengths])
+        batch = SubBatch(gpu_decode=members) if tier is Tier.GPU else SubBatch(cpu_decode=members)
+        return self.run(lambda: StepPlan((batch,)), members)
+
+    def prefill(self, start: int, length: int, tier: Tier = Tier.GPU) -> Measured:
+        """One chunk."""
+        request = self.request(start + length, start, tier)
+        plan = StepPlan((SubBatch((PrefillChunk(request, start, length, tier),)),))
+        return self.run(lambda: plan, (request,))
+
+    def pipelined(self, length: int, lengths: Sequence[int]) -> Measured:
+        """A chunk in sub-batch 0, CPU decodes that read ``lengths`` tokens each in sub-batch 1."""
+        request = self.request(length, 0, Tier.GPU)
+        members = tuple([self.decoding(n, Tier.CPU) for n in lengths])
+        first = SubBatch((PrefillChunk(request, 0, length),))
+        plan = StepPlan((first, SubBatch(cpu_decode=members)))
+        return self.run(lambda: plan, (request, *members))
+
+    def swap(self, tokens: int, beside: int = 1) -> tuple[Measured, Measured]:
+        """A decode beside which KV of ``tokens`` tokens moves: to the host, and back."""
+        runs, mover = self.decoding(beside, Tier.GPU), self.decoding(tokens, Tier.GPU)
+        found: tuple[list[Measured], list[Measured]] = ([], [])
+        for _ in range(self.repeats + _WARM):
+            for i, dst in enumerate((Tier.CPU, Tier.GPU)):
+                plan = StepPlan((SubBatch(gpu_decode=(runs,)),), (KVMove(mover, dst),))
+                found[i].append(self._once(plan))
+                mover.tier = dst
+                mover.host_layers = (1 << self.model.layers) - 1 if dst is Tier.CPU else 0
+        self._release((runs, mover))
+        return self._summary(found[0][_WARM:]), self._summary(found[1][_WARM:])
+
+    # -- made-up requests -----------------------------------------------------------------------------------
+
+    def decoding(self, kv_tokens: int, tier: Tier) -> Request:
+        """A request whose next token makes ``kv_tokens`` of KV."""
+        request = self.request(max(1, kv_tokens - 1), max(1, kv_tokens) - 1, tier)
+        request.state = State.DECODE
+        request.generated = 1
+        return request
+
+    def request(self, prompt: int, computed: int, tier: Tier) -> Request:
+        """A request with KV of ``computed`` tokens on a tier."""
+        self._made += 1
+        request = Request(f"m{self._made}", prompt, 1 << 20)
+        request.computed, request.tier = computed, tier
+        request.state = State.PREFILL
+        request.host_layers = (1 << self.model.layers) - 1 if tier is Tier.CPU else 0
+        ids = self._random.integers(0, self.model.vocab, prompt + 1).tolist()
+        self._known[request.id] = _Known(ids[:-1], ids[-1:])
+        if computed:
+            self.executor.tables.reserve(request, tier)
+        return request
+
+    # -- running --------------------------------------------------------------------------------------------
+
+    def run(self, plan: Callable[[], StepPlan], members: Sequence[Request]) -> Measured:
+        """Run a plan again and again."""
+        found = [self._once(plan()) for _ in range(self.repeats + _WARM)]
+        self._release(members)
+        return self._summary(found[_WARM:])
+
+    def _once(self, plan: StepPlan) -> Measured:
+        tables = self.executor.tables
+        graph = compile(plan, self.model, self.block_size, max(1, self.staging_layers))
+        copies = tables.begin(plan)
+        times = self.executor.run(plan, graph, prepare(plan, tables, self._known), copies, self._sample)
+        tables.commit()
+        counts = graph.template.counts
+        return {
+            name: OpSeconds(seconds / count, 0.0)
+            for name, seconds, count in zip(operation_names(graph), times.seconds, counts, strict=True)
+        }
+
+    def _sample(self, logits: Any, requests: tuple[str, ...]) -> None:
+        params = SamplingParams(temperature=0.0)
+        self._sampler.sample(logits, [SamplerState(params, (), self.model.vocab, 0) for _ in requests])
+
+    def _summary(self, found: list[Measured]) -> Measured:
+        result = {}
+        for name in found[0]:
+            seconds = [f[name].seconds for f in found]
+            middle = statistics.median(seconds)
+            low, high = np.quantile(seconds, (0.25, 0.75))
+            spread = float(high - low) / middle if middle > 0 else 0.0
+            result[name] = OpSeconds(middle, spread)
+            self.spreads.append(spread)
+        return result
+
+    def _release(self, members: Sequence[Request]) -> None:
+        for request in members:
+            self.executor.tables.release(request.id)
+            del self._known[request.id]
+
+    def blocks(self, kv_tokens: int) -> int:
+        """Blocks of a sequence of that length."""
+        return blocks_for(kv_tokens, self.block_size)
+
+
+_WARM = 2  # runs that are not counted: caches, page faults, threads that wake up
