@@ -1,4 +1,4 @@
-"""The command line: ``neo simulate | trace | policies | hardware | models``."""
+"""The command line: one command, one module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import typer
 
 from neo import __version__
-from neo.cli import listings, simulate, trace
+from neo.cli import bench, doctor, listings, profile, show, simulate, trace, validate
 from neo.core.errors import InputError, NeoError
 
 app = typer.Typer(
@@ -20,6 +20,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("simulate")(simulate.simulate)
+app.command("bench")(bench.bench)
+app.command("profile")(profile.profile)
+app.command("validate")(validate.validate)
+app.command("show")(show.show)
+app.command("doctor")(doctor.doctor)
 app.command("policies")(listings.policies)
 app.command("hardware")(listings.hardware)
 app.command("models")(listings.models)

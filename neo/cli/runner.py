@@ -1,18 +1,24 @@
-"""One simulated run for the command line, from its first request to its files."""
+"""Runs for the command line, simulated or measured: from the first request to the files, and side by side."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
+from neo.cli.flags import folder_of
 from neo.core.errors import InputError, NeoError
+from neo.core.record import RunRecord
 from neo.core.runlog import RunLog
 from neo.report.files import RunMeta, RunResult, run_result, write_run
 from neo.report.metrics import SLO
+from neo.report.tables import comparison_table, result_table
 from neo.sim.driver import Simulation
 from neo.sim.setup import System, simulation
 from neo.workload import Workload
@@ -22,6 +28,12 @@ _OWN_FILES = (
     *("summary.json", "requests.csv", "steps.jsonl", "timeline.json"),
     *(f"{name}.{ending}" for name in _PICTURES for ending in ("svg", "png")),
 )
+
+OpenLog = Callable[[Mapping[str, Any]], RunLog | None]
+"""Starts the run log with a header; None where no results are kept."""
+
+Progress = Callable[[int], None]
+"""Told how many requests have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,58 +45,126 @@ class Output:
     slo: SLO | None
     drop_first: float
     command: tuple[str, ...]
+    timeline: int = 0
 
 
-class Runner:
-    """One run, from its first request to its files."""
+class Driver(Protocol):
+    """Simulator or engine, ready to run; ``record`` fills as it goes."""
+
+    record: RunRecord
+
+    def run(self) -> object:
+        """Run to the end of the last request, or to an error or interruption."""
+        ...
+
+
+D = TypeVar("D", bound=Driver)
+
+
+class Run(ABC, Generic[D]):
+    """One run of a workload on a system, and how it is driven.
+
+    It does not hold its driver, whose memory is given back when it has run.
+    """
+
+    def __init__(self, system: System, workload: Workload, seed: int) -> None:
+        self.system = system
+        self.workload = workload
+        self.seed = seed
+
+    @abstractmethod
+    def prepare(self, stack: ExitStack, log: OpenLog, progress: Progress | None) -> D:
+        """Make the driver; what must be closed goes on ``stack``."""
+
+    @abstractmethod
+    def about(self, driver: D) -> dict[str, Any]:
+        """Fields of RunMeta that only this kind of driver knows: ``kind`` and others."""
+
+    def meta(self, driver: D, command: Sequence[str], wall_time_s: float) -> RunMeta:
+        """What the run was."""
+        system, config = self.system, self.system.config
+        described = system.cost.describe()
+        fields = {"warnings": described.get("warnings", ()), **self.about(driver)}
+        return RunMeta(
+            policy=config.policy,
+            policy_options=dict(config.policy_options),
+            model=system.model.name,
+            hardware=system.hardware.name,
+            workload={"name": self.workload.name, **self.workload.source},
+            seed=self.seed,
+            cost_model=described,
+            limits=system.describe()["limits"],
+            layers=system.model.layers,
+            tensor_parallel=system.model.tp,
+            command=command,
+            wall_time_s=wall_time_s,
+            **fields,
+        )
+
+
+class SimulatedRun(Run[Simulation]):
+    """A run in the simulator; the arguments as ``neo.sim.setup.simulation`` takes them."""
 
     def __init__(
         self,
         system: System,
         workload: Workload,
         seed: int,
-        output: Output,
         level: Any,
         timeline: int,
         repeat: bool,
         timeout_s: float | None,
     ) -> None:
-        self.system = system
-        self.workload = workload
-        self.seed = seed
-        self.output = output
+        super().__init__(system, workload, seed)
         self.level = level
         self.timeline = timeline
         self.repeat = repeat
         self.timeout_s = timeout_s
 
+    def prepare(self, stack: ExitStack, log: OpenLog, progress: Progress | None) -> Simulation:
+        """Make the Simulation."""
+        return simulation(
+            self.system,
+            self.workload,
+            level=self.level,
+            log=log(self.system.describe()),
+            timeline_steps=self.timeline,
+            repeat=self.repeat,
+            timeout_s=self.timeout_s,
+            progress=progress,
+        )
+
+    def about(self, driver: Simulation) -> dict[str, Any]:
+        """Simulated."""
+        return {"kind": "simulated"}
+
+
+class Runner:
+    """Takes one run from its first request to its files."""
+
+    def __init__(self, run: Run[Any], output: Output) -> None:
+        self._run = run
+        self.output = output
+
     def run(self, show_progress: bool) -> RunResult:
-        """Simulate and write; an interrupted run leaves what it had."""
+        """Run and write; an interrupted run leaves what it had."""
         started = time.perf_counter()
+        run = self._run
         with ExitStack() as stack:
-            sim = simulation(
-                self.system,
-                self.workload,
-                level=self.level,
-                log=self._log(stack),
-                timeline_steps=self.timeline,
-                repeat=self.repeat,
-                timeout_s=self.timeout_s,
-                progress=_progress(stack, self.system.config.policy, len(self.workload))
-                if show_progress
-                else None,
-            )
+            label = run.system.config.policy
+            progress = _progress(stack, label, len(run.workload)) if show_progress else None
+            driver: Driver = run.prepare(stack, lambda header: self._log(stack, header), progress)
             try:
-                sim.run()
+                driver.run()
             except (NeoError, KeyboardInterrupt, OSError) as error:
-                sim.record.interrupted = " ".join(str(error).split()) or "interrupted"
-                self._finish(sim, time.perf_counter() - started)
+                driver.record.interrupted = " ".join(str(error).split()) or "interrupted"
+                self._finish(driver, time.perf_counter() - started)
                 if isinstance(error, KeyboardInterrupt) and self.output.directory is not None:
                     print(f"interrupted; partial results in {self.output.directory}", file=sys.stderr)
                 raise
-        return self._finish(sim, time.perf_counter() - started)
+        return self._finish(driver, time.perf_counter() - started)
 
-    def _log(self, stack: ExitStack) -> RunLog | None:
+    def _log(self, stack: ExitStack, header: Mapping[str, Any]) -> RunLog | None:
         directory = self.output.directory
         if directory is None:
             return None
@@ -97,13 +177,14 @@ class Runner:
             )
         except OSError as error:
             raise InputError(f"cannot write into --out {directory}: {error.strerror}") from error
-        return RunLog(file, self.system.describe())
+        return RunLog(file, header)
 
-    def _finish(self, sim: Simulation, wall_time_s: float) -> RunResult:
-        meta, output, record = self._meta(wall_time_s), self.output, sim.record
+    def _finish(self, driver: Driver, wall_time_s: float) -> RunResult:
+        output, record = self.output, driver.record
+        meta = self._run.meta(driver, output.command, wall_time_s)
         if output.directory is not None:
             write_run(output.directory, record, meta, output.slo, output.drop_first)
-            if self.timeline:
+            if output.timeline:
                 from neo.report.timeline import write_timeline
 
                 write_timeline(record.slices, output.directory / "timeline.json")
@@ -114,28 +195,45 @@ class Runner:
                 try_plot(lambda: plot_run(record, meta, directory))
         return run_result(record, meta, output.slo, output.drop_first)
 
-    def _meta(self, wall_time_s: float) -> RunMeta:
-        system, config = self.system, self.system.config
-        described = system.cost.describe()
-        return RunMeta(
-            kind="simulated",
-            policy=config.policy,
-            policy_options=dict(config.policy_options),
-            model=system.model.name,
-            hardware=system.hardware.name,
-            workload={"name": self.workload.name, **self.workload.source},
-            seed=self.seed,
-            cost_model=described,
-            limits=system.describe()["limits"],
-            layers=system.model.layers,
-            tensor_parallel=system.model.tp,
-            warnings=described.get("warnings", ()),
-            command=self.output.command,
-            wall_time_s=wall_time_s,
-        )
+
+def run_all(runs: Sequence[Run[Any]], output: Output, quiet: bool, as_json: bool) -> None:
+    """One run after the other, each with its own folder if there are several; then all in one table."""
+    names = [run.system.config.policy for run in runs]
+    results: list[RunResult] = []
+    for i, run in enumerate(runs):
+        out = output.directory
+        where = out if out is None or len(runs) == 1 else out / folder_of(names, i)
+        try:
+            runner = Runner(run, replace(output, directory=where))
+            results.append(runner.run(show_progress=not quiet and not as_json))
+        except (NeoError, KeyboardInterrupt):
+            if results:  # what the policies before this one gave is not lost
+                _show(results, replace(output, plots=False), as_json)
+            raise
+    _show(results, output, as_json)
 
 
-def _progress(stack: ExitStack, label: str, total: int) -> Any:
+def _show(results: list[RunResult], output: Output, as_json: bool) -> None:
+    summaries = [r.summary for r in results]
+    if as_json:
+        for summary in summaries:
+            print(json.dumps(summary))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(result_table(summaries[0]) if len(summaries) == 1 else comparison_table(summaries))
+    for warning in dict.fromkeys(w for s in summaries for w in s.get("warnings", ())):
+        print(f"warning: {warning}", file=sys.stderr)
+    if output.directory is not None:
+        if len(results) > 1 and output.plots:
+            from neo.report.plots import plot_comparison
+
+            try_plot(lambda: plot_comparison(results, output.directory or "."))
+        console.print(f"Results in {output.directory}", highlight=False)
+
+
+def _progress(stack: ExitStack, label: str, total: int) -> Progress | None:
     """A callback that moves a progress bar; None where nobody watches."""
     if not sys.stderr.isatty():
         return None

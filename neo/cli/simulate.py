@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 
 from neo.cli import options as opt
-from neo.cli.flags import folder_of, key_values, options_by_policy, size_of, workload_of
-from neo.cli.runner import Output, Runner, try_plot
-from neo.core.errors import InputError, NeoError
+from neo.cli.flags import key_values, options_by_policy, size_of, workload_of
+from neo.cli.runner import Output, SimulatedRun, run_all
+from neo.core.errors import InputError
 from neo.core.view import Limits
-from neo.report.files import RunResult, portable_command
+from neo.report.files import portable_command
 from neo.report.metrics import SLO
-from neo.report.tables import comparison_table, result_table
 from neo.sim.setup import SystemConfig, build_system
 
 
@@ -85,39 +83,9 @@ def simulate(
         SLO.parse(slo) if slo is not None else None,
         drop_first,
         tuple(portable_command(sys.argv[1:])),
+        timeline,
     )
     systems = [build_system(replace(config, policy=n, policy_options=options[n])) for n in names]
     run_level = "op" if timeline or level is opt.Detail.op else "step"
-    results: list[RunResult] = []
-    for i, system in enumerate(systems):
-        where = out if out is None or len(systems) == 1 else out / folder_of(names, i)
-        runner = Runner(
-            system, workload, seed, replace(output, directory=where), run_level, timeline, repeat, timeout
-        )
-        try:
-            results.append(runner.run(show_progress=not quiet and not as_json))
-        except (NeoError, KeyboardInterrupt):
-            if results:  # what the policies before this one gave is not lost
-                _show(results, replace(output, plots=False), as_json)
-            raise
-    _show(results, output, as_json)
-
-
-def _show(results: list[RunResult], output: Output, as_json: bool) -> None:
-    summaries = [r.summary for r in results]
-    if as_json:
-        for summary in summaries:
-            print(json.dumps(summary))
-        return
-    from rich.console import Console
-
-    console = Console()
-    console.print(result_table(summaries[0]) if len(summaries) == 1 else comparison_table(summaries))
-    for warning in dict.fromkeys(w for s in summaries for w in s.get("warnings", ())):
-        print(f"warning: {warning}", file=sys.stderr)
-    if output.directory is not None:
-        if len(results) > 1 and output.plots:
-            from neo.report.plots import plot_comparison
-
-            try_plot(lambda: plot_comparison(results, output.directory or "."))
-        console.print(f"Results in {output.directory}", highlight=False)
+    runs = [SimulatedRun(s, workload, seed, run_level, timeline, repeat, timeout) for s in systems]
+    run_all(runs, output, quiet, as_json)

@@ -107,7 +107,7 @@ class _Builder:
         return ops
 
     def lag(self, layer: int) -> int:
-        """How many attentions before the latest one the buffer was last read that streamed ``layer`` takes."""
+        """Attentions from the one that last read the buffer of streamed ``layer`` to the latest one."""
         back = bisect_left(self.streamed, layer) - self.s.ring
         last_read = self.streamed[back] if back >= 0 else -1
         return min(layer - 1 - last_read, max(LOOK_AHEAD, self.s.ring) - 1)

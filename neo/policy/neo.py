@@ -22,8 +22,9 @@ Where nothing lives on the CPU and the GPU has room for all that comes, the plan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from neo.core.plan import StepPlan
 from neo.core.request import Tier
@@ -82,7 +83,21 @@ class NeoOptions:
         },
     )
 
+    faithful: bool = field(
+        default=False,
+        metadata={
+            "help": "prefill=whole worth=tokens eager=true patience_s=1e9, each unless given beside it"
+        },
+    )
+
+    # Applied where options are read (neo.policy.registry): only there it is known which were given.
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "faithful": {"prefill": "whole", "worth": "tokens", "eager": True, "patience_s": 1e9}
+    }
+
     def __post_init__(self) -> None:
+        if self.faithful and not any(getattr(self, k) == v for k, v in self.PRESETS["faithful"].items()):
+            raise ValueError("faithful=true, but no option that it stands for is as published")
         in_range("token_budget", self.token_budget, 1)
         in_range("watermark", self.watermark, 0, 0.9)
         in_range("swap_in_limit", self.swap_in_limit, 0.01, 1)

@@ -18,6 +18,8 @@ BUILT_IN = {
     "gpu-only": "neo.policy.gpu_only:GpuOnly",
     "neo": "neo.policy.neo:Neo",
     "fastdecode": "neo.policy.fastdecode:FastDecode",
+    "pie": "neo.policy.pie:Pie",
+    "flexgen": "neo.policy.flexgen:FlexGen",
 }
 
 
@@ -105,6 +107,7 @@ def _parse(spec: str, declared: Any, options: Mapping[str, str]) -> Any:
             raise InputError(f"policy '{spec}' has no option '{name}'{close} Options: {', '.join(known)}")
     if not options:
         return declared()
+    presets: Mapping[str, Mapping[str, Any]] = getattr(declared, "PRESETS", {})
     from pydantic import TypeAdapter, ValidationError
 
     hints = get_type_hints(declared)
@@ -115,6 +118,9 @@ def _parse(spec: str, declared: Any, options: Mapping[str, str]) -> Any:
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise InputError(f"policy '{spec}', option {name}={text}: {reason}") from error
+    for name, implied in presets.items():
+        if values.get(name):
+            values = {**implied, **values}  # what is given beside it wins
     try:
         return declared(**values)
     except ValueError as error:

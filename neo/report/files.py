@@ -50,6 +50,7 @@ class RunMeta:
         limits: the step budgets (``Limits`` as a dict); ``block_size`` is used to give KV in tokens.
         layers: layers of the model; with ``block_size`` it turns layer-blocks into tokens.
         tensor_parallel: GPUs over which the model is split.
+        engine: what ran the steps of a measured run, and how; None for a simulated one.
         command: the arguments after ``neo``; ``--out`` is dropped, absolute paths become names.
         wall_time_s: seconds the run took on this machine.
     """
@@ -65,6 +66,7 @@ class RunMeta:
     limits: Mapping[str, Any] = field(default_factory=dict)
     layers: int | None = None
     tensor_parallel: int = 1
+    engine: Mapping[str, Any] | None = None
     warnings: Sequence[str] = ()
     command: Sequence[str] = ()
     wall_time_s: float = 0.0
@@ -132,6 +134,7 @@ def build_summary(
         "cost_model": _portable(meta.cost_model),
         "limits": _portable(meta.limits),
         "kv_capacity": kv_capacity(record, meta),
+        **({} if meta.engine is None else {"engine": _portable(meta.engine)}),
         "warnings": _portable(meta.warnings),
         "interrupted": record.interrupted,
         "command": portable_command(meta.command),

@@ -125,7 +125,8 @@ class Engine:
         self.log = log
         self.record = record
         self.steps = 0
-        self.last: StepTimes | None = None
+        self.last: StepTimes | None = None  # of the latest step
+        self.last_sequences = 0  # requests in it
         self._recorder = Recorder(RunRecord() if record is None else record, scheduler)
         self._sampler = Sampler(vocab)
         self._live: dict[str, _Live] = {}
@@ -296,6 +297,7 @@ class Engine:
             )
         self.steps += 1
         self.last = times
+        self.last_sequences = graph.works[_SCHEDULE].sequences
         return self._collect(outputs)
 
     def _accept(self, end: float) -> tuple[dict[str, Output], dict[str, FinishReason]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 
@@ -32,7 +34,7 @@ def split_cores(gpu_threads: int | None, cpu_threads: int | None) -> tuple[int, 
 
 
 def local_hardware(gpu_threads: int, cpu_threads: int) -> HardwareSpec:
-    """What is here, rates measured in about a quarter of a second: rough, for the roofline and for reports."""
+    """What is here, rates measured in a quarter of a second: rough, for roofline and reports."""
     roots = Roots()
     found = memory(roots)
     free = found.available if found is not None else 1 << 32
@@ -83,3 +85,14 @@ def _copy() -> Callable[[], object]:
     a = torch.ones(_BYTES // 4)
     b = torch.empty_like(a)
     return lambda: b.copy_(a)
+
+
+def hardware_toml(hardware: HardwareSpec) -> str:
+    """The machine as a hardware file, for ``--hardware`` (docs/cost-models.md)."""
+    source = "measured here by neo profile, for a rough roofline"
+    lines = [f"{name} = {json.dumps(getattr(hardware, name))}" for name in ("name", "gpu", "cpu")]
+    for figure in fields(HardwareSpec):
+        value = getattr(hardware, figure.name)
+        if isinstance(value, int | float) and not figure.name.startswith("gpu_link"):
+            lines += ["", f"[{figure.name}]", f"value = {value!r}", f'source = "{source}"']
+    return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,9 +136,14 @@ class Bench:
 
     def run(self, plan: Callable[[], StepPlan], members: Sequence[Request]) -> Measured:
         """Run a plan again and again."""
-        found = [self._once(plan()) for _ in range(self.repeats + _WARM)]
+        start = time.perf_counter()
+        found = [self._once(plan())]
+        slow = time.perf_counter() - start > _SLOW_S
+        found += [
+            self._once(plan()) for _ in range(min(self.repeats, 3) if slow else self.repeats + _WARM - 1)
+        ]
         self._release(members)
-        return self._summary(found[_WARM:])
+        return self._summary(found[1 if slow else _WARM :])
 
     def _once(self, plan: StepPlan) -> Measured:
         tables = self.executor.tables
@@ -177,3 +183,4 @@ class Bench:
 
 
 _WARM = 2  # runs that are not counted: caches, page faults, threads that wake up
+_SLOW_S = 0.3  # steps longer than this are repeated less: what disturbs them is short beside them

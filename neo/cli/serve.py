@@ -1,0 +1,288 @@
+"""``neo serve``: an OpenAI-compatible server; without ``--model``, of a tiny model that comes with neo."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neo.cli import options as opt
+from neo.cli.flags import key_values, options_by_policy, size_of
+from neo.core.errors import InputError
+from neo.core.view import Limits
+
+if TYPE_CHECKING:
+    from neo.core.record import RunRecord
+    from neo.runtime.setup import EngineConfig
+    from neo.system.config import System
+
+KEY_VARIABLE = "NEO_API_KEY"
+_NETWORK, _LOGS = "Network and limits", "Logs and records"
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_TINY_BLOCKS = 4096  # of 16 tokens and 12 KiB each: 64 K tokens of the tiny model in 48 MiB on either tier
+
+
+class LogFormat(StrEnum):
+    """How requests are logged."""
+
+    text = "text"
+    json = "json"
+    none = "none"
+
+
+class LoadFormat(StrEnum):
+    """Where weights come from."""
+
+    auto = "auto"
+    safetensors = "safetensors"
+    dummy = "dummy"
+
+
+class Backend(StrEnum):
+    """Kernels of the step."""
+
+    auto = "auto"
+    native = "native"
+    torch = "torch"
+
+
+def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+Model = Annotated[
+    str | None,
+    _option(opt.SYSTEM, "--model", help="Hugging Face folder (default: a tiny model that comes with neo)."),
+]
+Load = Annotated[
+    LoadFormat, _option(opt.SYSTEM, "--load-format", help="dummy: random weights, --model may be a preset.")
+]
+TokenizerFolder = Annotated[
+    Path | None, _option(opt.SYSTEM, "--tokenizer", help="Folder of the tokenizer (default: the model's).")
+]
+Served = Annotated[
+    list[str] | None,
+    _option(opt.SYSTEM, "--served-model-name", help="Name of the model in requests. Repeatable."),
+]
+Policy = Annotated[str, _option(opt.SYSTEM, "--policy", "-p", help="Policy name or path/to/file.py:Class.")]
+Hardware = Annotated[
+    str, _option(opt.SYSTEM, "--hardware", help="What the policy is told: this machine, preset or TOML file.")
+]
+MaxModelLen = Annotated[
+    int | None,
+    _option(opt.BUDGET, "--max-model-len", help="Longest prompt and output together, in tokens.", min=2),
+]
+GpuThreads = Annotated[
+    int | None, _option(opt.SYSTEM, "--gpu-threads", help="Threads of torch standing for the GPU.", min=1)
+]
+CpuThreads = Annotated[
+    int | None, _option(opt.SYSTEM, "--cpu-threads", help="Threads of CPU attention.", min=1)
+]
+Kernels = Annotated[Backend, _option(opt.SYSTEM, "--backend", help="Kernels of the step.")]
+Ahead = Annotated[bool, _option(opt.SYSTEM, "--ahead/--no-ahead", help="Plan the next step while one runs.")]
+Seed = Annotated[int, _option(opt.SYSTEM, "--seed", help="Seed of requests that bring none.", min=0)]
+MaxSeqs = Annotated[
+    int, _option(opt.BUDGET, "--max-num-seqs", "--max-seqs", help="Requests in a step.", min=1)
+]
+MaxTokens = Annotated[
+    int,
+    _option(opt.BUDGET, "--max-num-batched-tokens", "--max-batch-tokens", help="Tokens in a step.", min=1),
+]
+Host = Annotated[str, _option(_NETWORK, "--host", help="Address to listen on.")]
+Port = Annotated[int, _option(_NETWORK, "--port", help="Port; 0: any free one.", min=0, max=65535)]
+MaxQueued = Annotated[
+    int, _option(_NETWORK, "--max-queued-requests", help="More get 503 and Retry-After.", min=0)
+]
+Timeout = Annotated[
+    float | None,
+    _option(_NETWORK, "--request-timeout", help="Seconds after which a request is ended.", min=0.001),
+]
+Grace = Annotated[
+    float, _option(_NETWORK, "--grace", help="Seconds that requests have to end after SIGTERM.", min=0.0)
+]
+Linger = Annotated[
+    float,
+    _option(_NETWORK, "--linger", help="Seconds of answering 503 once the engine is gone.", min=0.0),
+]
+Buffer = Annotated[
+    int, _option(_NETWORK, "--stream-buffer", help="Tokens that may wait for a slow client.", min=1)
+]
+MaxBody = Annotated[str, _option(_NETWORK, "--max-body-size", help="Largest body, as 8MiB.")]
+ApiKey = Annotated[
+    list[str] | None,
+    _option(_NETWORK, "--api-key", help=f"Ask for this key. Repeatable; also from ${KEY_VARIABLE}."),
+]
+Cors = Annotated[
+    list[str] | None, _option(_NETWORK, "--cors-origin", help="Let pages of this origin in. Repeatable.")
+]
+Format = Annotated[LogFormat, _option(_LOGS, "--log-format", help="Of the line that each request gets.")]
+LogPrompts = Annotated[bool, _option(_LOGS, "--log-prompts", help="Put prompts into these lines.")]
+Record = Annotated[
+    Path | None, _option(_LOGS, "--record", help="Write the run into this directory, for 'neo validate'.")
+]
+
+
+def serve(
+    model: Model = None,
+    load_format: Load = LoadFormat.auto,
+    tokenizer: TokenizerFolder = None,
+    served_model_name: Served = None,
+    dtype: opt.Dtype = None,
+    policy: Policy = "neo",
+    policy_opt: opt.PolicyOpt = None,
+    hardware: Hardware = "this",
+    cost: opt.Cost = "roofline",
+    cost_opt: opt.CostOpt = None,
+    backend: Kernels = Backend.auto,
+    gpu_threads: GpuThreads = None,
+    cpu_threads: CpuThreads = None,
+    ahead: Ahead = False,
+    seed: Seed = 0,
+    kv_gpu_blocks: opt.KvGpuBlocks = None,
+    kv_cpu_blocks: opt.KvCpuBlocks = None,
+    kv_gpu_bytes: opt.KvGpuBytes = None,
+    kv_cpu_bytes: opt.KvCpuBytes = None,
+    block_size: opt.BlockSize = 16,
+    max_num_seqs: MaxSeqs = 256,
+    max_num_batched_tokens: MaxTokens = 8192,
+    max_model_len: MaxModelLen = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    max_queued_requests: MaxQueued = 1024,
+    request_timeout: Timeout = None,
+    grace: Grace = 30.0,
+    linger: Linger = 5.0,
+    stream_buffer: Buffer = 1024,
+    max_body_size: MaxBody = "8MiB",
+    api_key: ApiKey = None,
+    cors_origin: Cors = None,
+    log_format: Format = LogFormat.text,
+    log_prompts: LogPrompts = False,
+    record: Record = None,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's interface has it. Without --model: a tiny one that comes with neo."""
+    try:
+        from neo.runtime.server.launch import Launch
+        from neo.runtime.server.limits import ServerLimits
+        from neo.runtime.server.run import ServeConfig, run_server
+        from neo.runtime.setup import EngineConfig
+    except ModuleNotFoundError as error:
+        raise InputError(f"neo serve needs {error.name}: pip install 'neo-serve[serve]'") from error
+
+    if model is None and kv_gpu_blocks is None and kv_gpu_bytes is None:
+        kv_gpu_blocks = _TINY_BLOCKS
+    if model is None and kv_cpu_blocks is None and kv_cpu_bytes is None:
+        kv_cpu_blocks = _TINY_BLOCKS
+    path, folder, names = _model(model, load_format, tokenizer, served_model_name)
+    config = EngineConfig(
+        model=path,
+        load_format=load_format.value,
+        dtype=dtype,
+        policy=policy,
+        policy_options=options_by_policy([policy], key_values(policy_opt, "--policy-opt"))[policy],
+        hardware=hardware,
+        cost_model=cost,
+        cost_options=key_values(cost_opt, "--cost-opt"),
+        limits=Limits(block_size=block_size, max_seqs=max_num_seqs, max_batch_tokens=max_num_batched_tokens),
+        kv_gpu_blocks=kv_gpu_blocks,
+        kv_cpu_blocks=kv_cpu_blocks,
+        kv_gpu_bytes=size_of(kv_gpu_bytes, "--kv-gpu-bytes"),
+        kv_cpu_bytes=size_of(kv_cpu_bytes, "--kv-cpu-bytes"),
+        max_model_len=max_model_len,
+        gpu_threads=gpu_threads,
+        cpu_threads=cpu_threads,
+        backend=backend.value,
+        seed=seed,
+        ahead=ahead,
+    )
+    keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
+    limits = ServerLimits(
+        max_queued=max_queued_requests,
+        max_body_bytes=size_of(max_body_size, "--max-body-size") or 0,
+        request_timeout_s=request_timeout,
+        stream_buffer=stream_buffer,
+        grace_s=grace,
+        linger_s=linger,
+    )
+    if host not in _LOOPBACK and not keys:
+        print(f"warning: {host} may be reached from other machines, and no --api-key is set", file=sys.stderr)
+    launch = Launch(config, record_dir=record, write_results=write_results)
+    code = run_server(
+        ServeConfig(
+            launch,
+            folder,
+            names,
+            host,
+            port,
+            keys,
+            tuple(cors_origin or ()),
+            limits,
+            log_format.value,
+            log_prompts,
+            lambda address: _announce(address, names[0], bool(keys)),
+        )
+    )
+    raise typer.Exit(code)
+
+
+def _model(
+    model: str | None, load_format: LoadFormat, tokenizer: Path | None, served: list[str] | None
+) -> tuple[str, Path, tuple[str, ...]]:
+    """What to load, where its tokenizer is, and its names."""
+    from neo.runtime import tiny
+
+    if model is None:
+        if load_format is LoadFormat.dummy:
+            raise InputError("--load-format dummy needs --model: a preset's name, or a config.json")
+        return str(tiny.FOLDER), tokenizer or tiny.FOLDER, tuple(served or [tiny.NAME])
+    path = Path(model).expanduser()
+    if load_format is not LoadFormat.dummy and not path.is_dir():
+        raise InputError(f"--model {model}: no such folder (a preset's name needs --load-format dummy)")
+    if tokenizer is None:
+        own = path if path.is_dir() else path.parent
+        tokenizer = own if (own / "tokenizer.json").is_file() or path.is_dir() else tiny.FOLDER
+    names = served or list(dict.fromkeys([model, path.name]))
+    return model, tokenizer, tuple(names)
+
+
+def _announce(address: str, model: str, locked: bool) -> None:
+    """Tell where the server is, and a line to try."""
+    lines = ["curl", "-s", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if locked else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is a KV cache?"}}]}}'
+    print(f"neo serves {model} at {address}")
+    print(f"Try: {shlex.join(lines)}{key} -d {shlex.quote(body)}", flush=True)
+
+
+def write_results(folder: Path, record: RunRecord, system: System) -> None:
+    """Write ``summary.json`` and ``requests.csv`` beside the run log, as ``neo validate`` reads them."""
+    from neo.report.files import RunMeta, write_run
+
+    started = [r.arrival_s for r in record.requests]
+    ended = [r.finish_s for r in record.requests if r.finish_s is not None]
+    record.start_s, record.end_s = min(started, default=0.0), max(ended, default=0.0)
+    described = system.cost.describe()
+    write_run(
+        folder,
+        record,
+        RunMeta(
+            kind="measured",
+            policy=system.config.policy,
+            policy_options=dict(system.config.policy_options),
+            model=system.model.name,
+            hardware=system.hardware.name,
+            workload={"name": "served"},
+            cost_model=described,
+            limits=system.describe()["limits"],
+            layers=system.model.layers,
+            tensor_parallel=system.model.tp,
+            warnings=described.get("warnings", ()),
+            command=("serve",),
+            wall_time_s=record.end_s - record.start_s,
+        ),
+    )
