@@ -503,12 +503,14 @@ BUILT_IN: dict[str, Callable[[], Any]] = {}
 def _register() -> Iterator[tuple[str, Callable[[], Any]]]:
     from neo.policy.registry import load_policy
 
-    for name in ("gpu-only", "neo", "fastdecode"):
+    for name in ("gpu-only", "neo", "fastdecode", "pie"):
         for mode in ("chunked", "whole"):
             yield (
                 f"{name}/{mode}",
                 lambda name=name, mode=mode, **more: load_policy(name, {"prefill": mode, **more}),
             )
+    lengths = {"prompt_tokens": "15", "output_tokens": "7"}
+    yield "flexgen", lambda token_budget="", **more: load_policy("flexgen", {**lengths, **more})
 
 
 BUILT_IN.update(_register())

@@ -66,7 +66,8 @@ class StepLine:
     """A step that ran (or ``steps`` repetitions of it): the plan, its times in seconds, what was measured.
 
     ``moves`` holds (id, tier, [first layer, end layer,] order), ``evict`` (id, mode), ``reject``
-    (id, reason), ``ops`` by (kind, sub-batch) the number of operations and their seconds in all.
+    (id, reason), ``ring`` the plan's, ``ops`` by (kind, sub-batch) the number of operations and their
+    seconds in all.
     """
 
     line: int
@@ -80,6 +81,7 @@ class StepLine:
     start: float | None = None
     stopped: Mapping[str, FinishReason] = field(default_factory=dict)
     ops: Mapping[tuple[str, int], tuple[int, float]] = field(default_factory=dict)
+    ring: int = 0
 
 
 Entry = AddLine | EndLine | StepLine
@@ -194,6 +196,7 @@ def _step(record: dict[str, Any], line: int) -> StepLine:
         start,
         {i: _reason(reason) for i, reason in _object(record, "stopped").items()},
         {_op_key(k): _op_times(k, v) for k, v in _object(record, "ops").items()},
+        _whole(record, "ring", 0) if "ring" in record else 0,
     )
 
 

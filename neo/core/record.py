@@ -84,6 +84,7 @@ class RunRecord:
     end_s: float = 0.0  # when the last one ended
     kv_capacity: Mapping[str, int] = field(default_factory=dict)  # tier -> layer-blocks
     slices: list[Slice] = field(default_factory=list)
+    bubbles: Mapping[str, Mapping[str, float]] | None = None  # resource -> cause -> seconds, if asked for
     interrupted: str | None = None  # why the run stopped early, if it did
 
     @property

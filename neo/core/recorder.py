@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from neo.core.bubbles import Bubbles
 from neo.core.graph import Resource
 from neo.core.pipeline import bytes_moved
 from neo.core.plan import StepPlan
@@ -39,11 +40,15 @@ class Recorder:
     when a step has been planned and ``observe_measured`` when it has ended: in between the next step may
     have been planned. Both are told before ``Scheduler.finish_step``, as gaps between tokens are counted from
     each request's ``last_token_s``.
+
+    Args:
+        bubbles: is told of every step that was priced, if given.
     """
 
-    def __init__(self, record: RunRecord, scheduler: Scheduler) -> None:
+    def __init__(self, record: RunRecord, scheduler: Scheduler, bubbles: Bubbles | None = None) -> None:
         self.record = record
         self.scheduler = scheduler
+        self.bubbles = bubbles
 
     def begin(self, planned: Planned) -> Begun:
         """Note what a planned step starts from; after ``plan_step``, before ``commit_step``."""
@@ -74,6 +79,8 @@ class Recorder:
         begun = self.begin(planned)
         last = [r.last_token_s or 0.0 for b in planned.plan.batches for r in b.decodes]
         self._note(begun, busy_seconds(planned.graph.template, seconds), start, ends, last)
+        if self.bubbles is not None:
+            self.bubbles.add(planned.graph.template, seconds, start, ends)
 
     def observe_measured(
         self, begun: Begun, busy: Mapping[Resource, float], start: float, end: float

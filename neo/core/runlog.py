@@ -7,12 +7,12 @@ Lines, by ``"type"``:
 - ``end``: a request was told to end before its length limit: ``t``, ``id``, ``reason``. In a running step it
   ends with the step; if that brings its last token anyway, it finishes with reason ``length``.
 - ``step``: ``t`` (when it was planned), ``end``, ``steps`` (repetitions), ``why``, ``batches``, and where
-  present ``moves``, ``evict``, ``reject``. In a batch, ``prefill`` lists [id, start, length, tier]; each
-  decode role holds ``n`` requests and how its membership differs from the same role in the step before:
-  ``add``, ``drop`` (ids). Steps of an engine may also have ``start`` (from when on it is counted, where that
-  is not ``t``: at the end of the step before, whose clearing up is part of it), ``stopped`` (id: reason of
-  requests that ended before their length limit) and ``ops`` (measured: ``KIND:sub-batch`` to [operations,
-  seconds in all]).
+  present ``moves``, ``evict``, ``reject``, ``ring`` (if not 0: staging buffers taken for this step). In a
+  batch, ``prefill`` lists [id, start, length, tier]; each decode role holds ``n`` requests and how its
+  membership differs from the same role in the step before: ``add``, ``drop`` (ids). Steps of an engine may
+  also have ``start`` (from when on it is counted, where that is not ``t``: at the end of the step before,
+  whose clearing up is part of it), ``stopped`` (id: reason of requests that ended before their length
+  limit) and ``ops`` (measured: ``KIND:sub-batch`` to [operations, seconds in all]).
 
 Times are seconds on the driver's clock.
 """
@@ -83,6 +83,8 @@ class RunLog:
             line += f',"evict":{_dumps([[e.request.id, e.mode] for e in plan.evict])}'
         if plan.reject:
             line += f',"reject":{_dumps([[r.request.id, r.reason] for r in plan.reject])}'
+        if plan.ring:
+            line += f',"ring":{plan.ring}'
         for name, given in (("start", start), ("stopped", stopped), ("ops", ops)):
             if given:
                 line += f',"{name}":{_dumps(given)}'

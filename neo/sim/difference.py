@@ -49,6 +49,8 @@ class Differences:
         for name, logged_rows, planned_rows in rows:
             if list(logged_rows) != planned_rows:
                 return f"{name}: {_first_unequal(logged_rows, planned_rows)}"
+        if line.ring != plan.ring:
+            return f"ring: the log has {line.ring} buffers, the policy {plan.ring}"
         return None
 
     def _prefill(self, line: StepLine, logged: BatchLine, planned: SubBatch) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import simpy
 
+from neo.core.bubbles import Bubbles
 from neo.core.errors import PolicyError
 from neo.core.record import RunRecord
 from neo.core.recorder import Recorder
@@ -59,6 +60,7 @@ class Simulation:
         repeat: let the clock advance several steps at once where the policy's plan allows it. The numbers
             are the same without, only slower.
         progress: called with the number of ended requests, now and then.
+        bubbles: note for what each resource waited (``RunRecord.bubbles``).
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Simulation:
         timeline_steps: int = 0,
         repeat: bool = True,
         progress: Callable[[int], None] | None = None,
+        bubbles: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.clients = list(clients)
@@ -83,7 +86,8 @@ class Simulation:
         pools = scheduler.view.pools
         self.record.kv_capacity = {str(t): pools[t].total for t in pools}
         self.record.start_s = self.clients[0].request.arrival_s if self.clients else 0.0
-        self._recorder = Recorder(self.record, scheduler)
+        self._bubbles = Bubbles(self.record.start_s) if bubbles else None
+        self._recorder = Recorder(self.record, scheduler, self._bubbles)
         self.env = simpy.Environment()
         self._wake: simpy.Event | None = None
         self._steps = 0
@@ -96,11 +100,16 @@ class Simulation:
         try:
             self.env.run(until=engine)
         except BaseException:
-            self.record.end_s = self.env.now
+            self._end(self.env.now)
             raise
-        self.record.end_s = max((r.finish_s or 0.0 for r in self.record.requests), default=0.0)
+        self._end(max((r.finish_s or 0.0 for r in self.record.requests), default=0.0))
         self._check_untouched()
         return self.record
+
+    def _end(self, end_s: float) -> None:
+        self.record.end_s = end_s
+        if self._bubbles is not None:
+            self.record.bubbles = self._bubbles.summary(end_s)
 
     def _check_untouched(self) -> None:
         """Policies only read; what they may have written would make every figure wrong."""

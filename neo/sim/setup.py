@@ -42,7 +42,8 @@ def simulation(
     repeat: bool = True,
     timeout_s: float | None = None,
     progress: Callable[[int], None] | None = None,
+    bubbles: bool = False,
 ) -> Simulation:
     """A Simulation of ``workload`` on ``system``, ready to ``run()``."""
     clients = clients_of(workload, timeout_s)
-    return Simulation(system.scheduler(), clients, level, log, timeline_steps, repeat, progress)
+    return Simulation(system.scheduler(), clients, level, log, timeline_steps, repeat, progress, bubbles)

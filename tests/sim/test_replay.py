@@ -73,11 +73,18 @@ def edited(path: Path, change: Callable[[dict[str, Any]], bool]) -> int:
 # -- logs of the simulator --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["gpu-only", "neo", "fastdecode"])
+# A link that hides something, and a GPU with room for little: pie streams.
+STREAMING = replace(CONFIG, hardware="gh200", policy="pie", policy_options={"min_gain": "0"})
+
+
+@pytest.mark.parametrize("policy", ["gpu-only", "neo", "fastdecode", "pie", "flexgen"])
 @pytest.mark.parametrize("timeout_s", [None, 3.0])
 def test_a_simulation_replays_without_any_error(tmp_path: Path, policy: str, timeout_s: float | None) -> None:
     path = tmp_path / "steps.jsonl"
-    record = simulated(path, replace(CONFIG, policy=policy), timeout_s)
+    config = STREAMING if policy == "pie" else replace(CONFIG, policy=policy)
+    record = simulated(path, config, timeout_s)
+    if policy == "pie":
+        assert '"ring":2' in path.read_text()
     replay, journal = replayed(path)
     assert replay.divergence is None
     assert replay.equal == replay.logged == len(record.columns.steps)
@@ -90,6 +97,15 @@ def test_a_simulation_replays_without_any_error(tmp_path: Path, policy: str, tim
             r.finish_s,
         )
         assert (again.first_token_s, again.preemptions) == (r.first_token_s, r.preemptions)
+
+
+def test_a_ring_of_another_size_is_another_decision(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    simulated(path, STREAMING)
+    line = edited(path, lambda r: r["type"] == "step" and r.get("ring") == 2 and not r.update(ring=3))
+    divergence = replayed(path)[0].divergence
+    assert divergence is not None
+    assert (divergence.line, divergence.what) == (line, "ring: the log has 3 buffers, the policy 2")
 
 
 def test_the_header_alone_rebuilds_a_machine_and_model_of_the_users_own(tmp_path: Path) -> None:

@@ -88,7 +88,14 @@ def small(
     return make_scheduler(policy, gpu=gpu, cpu=cpu, cost=cost, model=toy_model(layers), **more)
 
 
-SIMULATED = ["gpu-only/chunked", "gpu-only/whole", "neo/chunked", "fastdecode/chunked"]
+SIMULATED = [
+    "gpu-only/chunked",
+    "gpu-only/whole",
+    "neo/chunked",
+    "fastdecode/chunked",
+    "pie/chunked",
+    "flexgen",
+]
 
 
 # -- advancing many steps at once -----------------------------------------------------------------------
