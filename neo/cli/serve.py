@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import replace
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neo.cli import engine_options as eng
 from neo.cli import options as opt
 from neo.cli.flags import key_values, options_by_policy, size_of
 from neo.core.errors import InputError
@@ -18,11 +21,11 @@ from neo.core.view import Limits
 
 if TYPE_CHECKING:
     from neo.core.record import RunRecord
-    from neo.runtime.setup import EngineConfig
     from neo.system.config import System
 
 KEY_VARIABLE = "NEO_API_KEY"
 _NETWORK, _LOGS = "Network and limits", "Logs and records"
+_NEEDED = ("torch", "transformers", "tokenizers", "fastapi", "uvicorn", "msgspec", "prometheus_client")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TINY_BLOCKS = 4096  # of 16 tokens and 12 KiB each: 64 K tokens of the tiny model in 48 MiB on either tier
 
@@ -35,22 +38,6 @@ class LogFormat(StrEnum):
     none = "none"
 
 
-class LoadFormat(StrEnum):
-    """Where weights come from."""
-
-    auto = "auto"
-    safetensors = "safetensors"
-    dummy = "dummy"
-
-
-class Backend(StrEnum):
-    """Kernels of the step."""
-
-    auto = "auto"
-    native = "native"
-    torch = "torch"
-
-
 def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
@@ -58,9 +45,6 @@ def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
 Model = Annotated[
     str | None,
     _option(opt.SYSTEM, "--model", help="Hugging Face folder (default: a tiny model that comes with neo)."),
-]
-Load = Annotated[
-    LoadFormat, _option(opt.SYSTEM, "--load-format", help="dummy: random weights, --model may be a preset.")
 ]
 TokenizerFolder = Annotated[
     Path | None, _option(opt.SYSTEM, "--tokenizer", help="Folder of the tokenizer (default: the model's).")
@@ -70,21 +54,6 @@ Served = Annotated[
     _option(opt.SYSTEM, "--served-model-name", help="Name of the model in requests. Repeatable."),
 ]
 Policy = Annotated[str, _option(opt.SYSTEM, "--policy", "-p", help="Policy name or path/to/file.py:Class.")]
-Hardware = Annotated[
-    str, _option(opt.SYSTEM, "--hardware", help="What the policy is told: this machine, preset or TOML file.")
-]
-MaxModelLen = Annotated[
-    int | None,
-    _option(opt.BUDGET, "--max-model-len", help="Longest prompt and output together, in tokens.", min=2),
-]
-GpuThreads = Annotated[
-    int | None, _option(opt.SYSTEM, "--gpu-threads", help="Threads of torch standing for the GPU.", min=1)
-]
-CpuThreads = Annotated[
-    int | None, _option(opt.SYSTEM, "--cpu-threads", help="Threads of CPU attention.", min=1)
-]
-Kernels = Annotated[Backend, _option(opt.SYSTEM, "--backend", help="Kernels of the step.")]
-Ahead = Annotated[bool, _option(opt.SYSTEM, "--ahead/--no-ahead", help="Plan the next step while one runs.")]
 Seed = Annotated[int, _option(opt.SYSTEM, "--seed", help="Seed of requests that bring none.", min=0)]
 MaxSeqs = Annotated[
     int, _option(opt.BUDGET, "--max-num-seqs", "--max-seqs", help="Requests in a step.", min=1)
@@ -129,28 +98,29 @@ Record = Annotated[
 
 def serve(
     model: Model = None,
-    load_format: Load = LoadFormat.auto,
+    load_format: eng.LoadWeights = None,
     tokenizer: TokenizerFolder = None,
     served_model_name: Served = None,
-    dtype: opt.Dtype = None,
+    dtype: eng.Dtype = None,
     policy: Policy = "neo",
     policy_opt: opt.PolicyOpt = None,
-    hardware: Hardware = "this",
+    hardware: eng.Hardware = "this",
     cost: opt.Cost = "roofline",
     cost_opt: opt.CostOpt = None,
-    backend: Kernels = Backend.auto,
-    gpu_threads: GpuThreads = None,
-    cpu_threads: CpuThreads = None,
-    ahead: Ahead = False,
+    backend: eng.Backend = eng.Kernels.auto,
+    gpu_threads: eng.GpuThreads = None,
+    cpu_threads: eng.CpuThreads = None,
+    cpu_cores: eng.CpuCores = None,
+    ahead: eng.Ahead = False,
     seed: Seed = 0,
-    kv_gpu_blocks: opt.KvGpuBlocks = None,
-    kv_cpu_blocks: opt.KvCpuBlocks = None,
+    kv_gpu_blocks: eng.KvGpuBlocks = None,
+    kv_cpu_blocks: eng.KvCpuBlocks = None,
     kv_gpu_bytes: opt.KvGpuBytes = None,
     kv_cpu_bytes: opt.KvCpuBytes = None,
     block_size: opt.BlockSize = 16,
     max_num_seqs: MaxSeqs = 256,
     max_num_batched_tokens: MaxTokens = 8192,
-    max_model_len: MaxModelLen = None,
+    max_model_len: eng.MaxModelLen = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     max_queued_requests: MaxQueued = 1024,
@@ -165,41 +135,46 @@ def serve(
     log_prompts: LogPrompts = False,
     record: Record = None,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's interface has it. Without --model: a tiny one that comes with neo."""
-    try:
-        from neo.runtime.server.launch import Launch
-        from neo.runtime.server.limits import ServerLimits
-        from neo.runtime.server.run import ServeConfig, run_server
-        from neo.runtime.setup import EngineConfig
-    except ModuleNotFoundError as error:
-        raise InputError(f"neo serve needs {error.name}: pip install 'neo-serve[serve]'") from error
+    """Serve a model as OpenAI's HTTP interface has it. Without --model: a tiny one that comes with neo."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise InputError(f"neo serve needs {missing[0]}: pip install 'neo-serve[serve]'")
+    from neo.runtime.server.spawn import spawn
+
+    child = spawn()  # it loads its libraries while this process loads its own
+    from neo.runtime.server.launch import Launch
+    from neo.runtime.server.limits import ServerLimits
+    from neo.runtime.server.run import ServeConfig, run_server
 
     if model is None and kv_gpu_blocks is None and kv_gpu_bytes is None:
         kv_gpu_blocks = _TINY_BLOCKS
     if model is None and kv_cpu_blocks is None and kv_cpu_bytes is None:
         kv_cpu_blocks = _TINY_BLOCKS
-    path, folder, names = _model(model, load_format, tokenizer, served_model_name)
-    config = EngineConfig(
+    if model is None and load_format is eng.LoadFormat.dummy:
+        raise InputError("--load-format dummy needs --model: a preset's name, or a config.json")
+    path, folder, names = _model(model, tokenizer, served_model_name)
+    config = eng.engine_config(
         model=path,
-        load_format=load_format.value,
+        load_format=load_format,
         dtype=dtype,
-        policy=policy,
-        policy_options=options_by_policy([policy], key_values(policy_opt, "--policy-opt"))[policy],
-        hardware=hardware,
-        cost_model=cost,
-        cost_options=key_values(cost_opt, "--cost-opt"),
-        limits=Limits(block_size=block_size, max_seqs=max_num_seqs, max_batch_tokens=max_num_batched_tokens),
-        kv_gpu_blocks=kv_gpu_blocks,
-        kv_cpu_blocks=kv_cpu_blocks,
-        kv_gpu_bytes=size_of(kv_gpu_bytes, "--kv-gpu-bytes"),
-        kv_cpu_bytes=size_of(kv_cpu_bytes, "--kv-cpu-bytes"),
         max_model_len=max_model_len,
         gpu_threads=gpu_threads,
         cpu_threads=cpu_threads,
-        backend=backend.value,
-        seed=seed,
+        cpu_cores=cpu_cores,
+        backend=backend,
         ahead=ahead,
+        hardware=hardware,
+        cost=cost,
+        cost_opt=cost_opt,
+        kv_gpu_blocks=kv_gpu_blocks,
+        kv_cpu_blocks=kv_cpu_blocks,
+        kv_gpu_bytes=kv_gpu_bytes,
+        kv_cpu_bytes=kv_cpu_bytes,
+        limits=Limits(block_size=block_size, max_seqs=max_num_seqs, max_batch_tokens=max_num_batched_tokens),
+        seed=seed,
     )
+    options = options_by_policy([policy], key_values(policy_opt, "--policy-opt"))[policy]
+    config = replace(config, policy=policy, policy_options=options)
     keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
     limits = ServerLimits(
         max_queued=max_queued_requests,
@@ -214,6 +189,7 @@ def serve(
     launch = Launch(config, record_dir=record, write_results=write_results)
     code = run_server(
         ServeConfig(
+            child,
             launch,
             folder,
             names,
@@ -231,21 +207,17 @@ def serve(
 
 
 def _model(
-    model: str | None, load_format: LoadFormat, tokenizer: Path | None, served: list[str] | None
+    model: str | None, tokenizer: Path | None, served: list[str] | None
 ) -> tuple[str, Path, tuple[str, ...]]:
     """What to load, where its tokenizer is, and its names."""
     from neo.runtime import tiny
 
     if model is None:
-        if load_format is LoadFormat.dummy:
-            raise InputError("--load-format dummy needs --model: a preset's name, or a config.json")
         return str(tiny.FOLDER), tokenizer or tiny.FOLDER, tuple(served or [tiny.NAME])
     path = Path(model).expanduser()
-    if load_format is not LoadFormat.dummy and not path.is_dir():
-        raise InputError(f"--model {model}: no such folder (a preset's name needs --load-format dummy)")
-    if tokenizer is None:
+    if tokenizer is None:  # a preset has none: bytes do, where weights are random anyway
         own = path if path.is_dir() else path.parent
-        tokenizer = own if (own / "tokenizer.json").is_file() or path.is_dir() else tiny.FOLDER
+        tokenizer = own if path.is_dir() or (own / "tokenizer.json").is_file() else tiny.FOLDER
     names = served or list(dict.fromkeys([model, path.name]))
     return model, tokenizer, tuple(names)
 

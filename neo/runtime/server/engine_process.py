@@ -1,0 +1,359 @@
+"""The engine's process: take messages, step, answer with one message a step.
+
+Its loop looks like the engine's: ``receive``, ``step``, ``send``. It ends when it is told to, when the HTTP
+process is gone (the socket closes), or when the engine fails; the HTTP process sees that the socket closed.
+Signals that a terminal or a supervisor sends to every process are left to the HTTP process.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+
+from neo.core.errors import InputError, NeoError, PlanError
+from neo.core.logreader import LOG_FILE
+from neo.core.record import RunRecord
+from neo.core.request import FinishReason, Request, Tier
+from neo.core.runlog import RunLog
+from neo.runtime.engine import Engine, Output
+from neo.runtime.errors import EngineError
+from neo.runtime.server.launch import Built, Launch
+from neo.runtime.server.messages import (
+    Abort,
+    Add,
+    Event,
+    Failed,
+    Frames,
+    Logprobs,
+    Ready,
+    ToEngine,
+    Update,
+    frame,
+)
+from neo.runtime.server.watching import LiveRecord, StepWatch, WatchedExecutor
+from neo.runtime.setup import EngineConfig, EngineParts
+from neo.system.config import System
+
+EXIT_INPUT, EXIT_FAILED = 2, 1
+STALL_S = 10.0
+"""Seconds a policy may stay idle with requests waiting before one of them fails: none of ours ever does."""
+_IDLE_POLL_S = 0.005  # a policy may be idle until some time has passed: ask it again this often
+_SEND_TIMEOUT_S = 60.0  # an HTTP process that reads nothing for so long hangs
+_READ = 1 << 18
+
+
+def build_engine(config: EngineConfig, record: RunRecord, log_file: TextIO | None) -> Built:
+    """The engine that the config describes. InputError for anything in it that is wrong."""
+    parts = EngineParts(config)
+    system = parts.system()
+    log = None if log_file is None else RunLog(log_file, system.describe())
+    return parts.engine(system, log=log, record=record), system
+
+
+class Channel:
+    """The engine's end of the socket: reads without waiting unless asked to, writes whole messages."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._socket.setblocking(False)
+        self._frames = Frames()
+        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
+        self._encode = msgspec.msgpack.Encoder(enc_hook=str).encode  # a description may hold anything
+        self.closed = False
+
+    def receive(self, wait_s: float | None) -> list[ToEngine]:
+        """Messages that are there; if none is, the first within ``wait_s`` seconds (None: however long)."""
+        data = self._read()
+        if data is None and wait_s != 0.0:
+            select.select([self._socket], [], [], wait_s)
+            data = self._read()
+        found: list[ToEngine] = []
+        while data is not None and not self.closed:
+            found += map(self._decode, self._frames.feed(data))
+            data = self._read() if len(data) == _READ else None
+        return found
+
+    def _read(self) -> bytes | None:
+        """Bytes that are there; None if none are. Sets ``closed``."""
+        try:
+            data = self._socket.recv(_READ)
+        except BlockingIOError:
+            return None
+        except ConnectionError:
+            data = b""
+        self.closed = self.closed or not data
+        return data
+
+    def send(self, message: Update | Ready | Failed) -> None:
+        """Write a message. Closed: the other side is gone, or has read nothing for a minute."""
+        if self.closed:
+            return
+        try:
+            self._socket.settimeout(_SEND_TIMEOUT_S)
+            self._socket.sendall(frame(self._encode(message)))
+        except OSError:
+            self.closed = True
+        finally:
+            self._socket.setblocking(False)
+
+
+class EngineLoop:
+    """Serves one engine until it is told to end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        system: System,
+        channel: Channel,
+        record: LiveRecord,
+        log_file: TextIO | None = None,
+    ) -> None:
+        self.engine = engine
+        self.channel = channel
+        self.log_file = log_file
+        self._zero = time.perf_counter() - engine.clock()
+        watched = WatchedExecutor(engine.executor)
+        engine.executor = watched
+        self.watch = StepWatch(record, watched, system.cost)
+        self._keys: dict[str, int] = {}
+        self._requests: dict[int, Request] = {}
+        self._accepted = 0
+        self._events: list[Event] = []
+        self._stopping = False
+        self._idle_since: float | None = None
+
+    def run(self) -> None:
+        """The loop."""
+        while not self.channel.closed:
+            messages = self.channel.receive(self._patience())
+            for message in messages:
+                self._handle(message)
+            outputs = self._step() if self.engine.has_work else []
+            self._report(outputs, bool(messages))
+            if not self.engine.has_work:
+                if self._stopping:
+                    return
+                self._rest()
+
+    def _rest(self) -> None:
+        """The engine is idle. EngineError if its accounts do not add up."""
+        self.engine.check_integrity()
+        if self.log_file is not None:
+            self.log_file.flush()
+
+    def _patience(self) -> float | None:
+        """How long to wait for messages: not at all while steps run, for ever without work."""
+        if not self.engine.has_work:
+            return None
+        return 0.0 if self._idle_since is None else _IDLE_POLL_S
+
+    def _handle(self, message: ToEngine) -> None:
+        if isinstance(message, Add):
+            self._accepted += 1
+            self._add(message)
+        elif isinstance(message, Abort):
+            request = self._requests.pop(message.key, None)
+            if request is not None:
+                del self._keys[request.id]
+                self.engine.abort(request.id, FinishReason(message.reason))
+        else:
+            self._stopping = True
+            for request in self._requests.values():
+                self.engine.abort(request.id)
+            self._requests.clear()
+            self._keys.clear()
+
+    def _add(self, message: Add) -> None:
+        try:
+            request = self.engine.add(
+                message.id,
+                message.prompt,
+                message.params,
+                arrival_s=message.arrival_s - self._zero,
+                priority=message.priority,
+            )
+        except InputError as error:
+            self._events.append(Event(message.key, reason="invalid", detail=str(error)))
+            return
+        self._keys[message.id] = message.key
+        self._requests[message.key] = request
+
+    def _step(self) -> list[Output]:
+        steps = self.engine.steps
+        try:
+            outputs = self.engine.step()
+            if outputs or self.engine.steps != steps or not self.engine.has_work:
+                self._idle_since = None
+            else:
+                self._watch_idle()
+        except EngineError:
+            raise
+        except NeoError as error:
+            self._fail(error)
+            return []
+        return outputs
+
+    def _watch_idle(self) -> None:
+        """The policy planned nothing although requests wait: PlanError if that lasts."""
+        now = time.perf_counter()
+        if self._idle_since is None:
+            self._idle_since = now
+        elif now - self._idle_since > STALL_S:
+            self._idle_since = now
+            raise self.engine.scheduler.stalled()
+
+    def _fail(self, error: NeoError) -> None:
+        """The policy failed, nothing of its plan is applied: end the request it names, or else all."""
+        named = error.request_id if isinstance(error, PlanError) else None
+        which = [named] if named in self._keys else list(self._keys)
+        for request_id in which:
+            key = self._keys.pop(request_id)
+            del self._requests[key]
+            self.engine.abort(request_id)
+            self._events.append(Event(key, reason="policy", detail=str(error)))
+        print(f"policy error, {len(which)} request(s) ended: {error}", file=sys.stderr, flush=True)
+
+    def _report(self, outputs: list[Output], handled: bool) -> None:
+        keys: list[int] = []
+        tokens: list[int] = []
+        events, self._events = self._events, []
+        for output in outputs:
+            key = self._keys.get(output.request_id)
+            if key is None:
+                continue  # aborted: nobody listens
+            if output.finish_reason is None and output.logprobs is None and output.token is not None:
+                request = self._requests[key]
+                if request.generated > 1:
+                    keys.append(key)
+                    tokens.append(output.token)
+                    continue
+            events.append(self._event(key, output))
+        step = self.watch.take()
+        if not (keys or events or handled or step):
+            return
+        view = self.engine.scheduler.view
+        waiting = len(view.waiting)
+        pools = view.pools
+        self.channel.send(
+            Update(
+                keys,
+                tokens,
+                events,
+                self._accepted,
+                self.engine.scheduler.unfinished - waiting,
+                waiting,
+                (pools[Tier.GPU].used, pools[Tier.CPU].used),
+                step,
+            )
+        )
+
+    def _event(self, key: int, output: Output) -> Event:
+        request = self._requests[key]
+        event = Event(key, output.token, detail=output.detail)
+        if output.logprobs is not None:
+            given = output.logprobs
+            event.logprobs = Logprobs(given.token_logprob, given.rank, list(given.top))
+        if request.generated <= 1 and request.scheduled_s is not None:
+            event.queued_s = max(0.0, request.scheduled_s - request.arrival_s)
+        if output.finish_reason is not None:
+            event.reason = str(output.finish_reason)
+            del self._requests[key], self._keys[output.request_id]
+        return event
+
+
+def ready_message(engine: Engine, system: System) -> Ready:
+    """What the HTTP process must know of an engine."""
+    pools = engine.scheduler.view.pools
+    size = system.config.limits.block_size
+    described = system.describe()
+    described["executor"] = engine.executor.describe()
+    return Ready(
+        model=system.model.name,
+        vocab=engine.vocab,
+        max_model_len=engine.options.max_model_len,
+        capacity_tokens=max(pool.blocks for pool in pools.values()) * size,
+        max_seqs=system.config.limits.max_seqs,
+        kv_total=(pools[Tier.GPU].total, pools[Tier.CPU].total),
+        description=described,
+    )
+
+
+def serve(launch: Launch, channel: Channel) -> int:
+    """Build the engine, run its loop, write its results. Returns the process's exit code."""
+    record = LiveRecord(keep=launch.record_dir is not None)
+    with ExitStack() as stack:
+        try:
+            file = _open_log(launch.record_dir, stack)
+            engine, system = (launch.build or build_engine)(launch.config, record, file)
+            stack.callback(engine.close)
+            ready = ready_message(engine, system)
+        except NeoError as error:
+            channel.send(Failed(str(error), input_error=True))
+            return EXIT_INPUT
+        loop = EngineLoop(engine, system, channel, record, file)
+        channel.send(ready)
+        try:
+            loop.run()
+            if channel.closed:
+                record.interrupted = "the HTTP process ended"
+        except NeoError as error:
+            record.interrupted = str(error)
+            print(f"engine error: {error}", file=sys.stderr, flush=True)
+            channel.send(Failed(str(error)))
+            return EXIT_FAILED
+        finally:
+            if launch.record_dir is not None and launch.write_results is not None:
+                launch.write_results(launch.record_dir, record, system)
+    return 0
+
+
+def _open_log(folder: Path | None, stack: ExitStack) -> TextIO | None:
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return stack.enter_context((folder / LOG_FILE).open("w", encoding="utf-8", buffering=1 << 16))
+    except OSError as error:
+        raise InputError(f"cannot write into --record {folder}: {error.strerror or error}") from error
+
+
+def main(descriptor: int) -> int:
+    """Entry point of the process: ``descriptor`` is its end of the socket; a pickled Launch comes first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sock = socket.socket(fileno=descriptor)
+    sock.setblocking(True)
+    length = int.from_bytes(_exactly(sock, 8), "little")
+    launch: Any = pickle.loads(_exactly(sock, length))
+    channel = Channel(sock)
+    try:
+        return serve(launch, channel)
+    except Exception as error:  # a fault of ours: said here in full, and to the HTTP process in one line
+        traceback.print_exc()
+        channel.send(Failed(f"{type(error).__name__}: {error}"))
+        return EXIT_FAILED
+
+
+def _exactly(sock: socket.socket, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        more = sock.recv(count - len(data))
+        if not more:
+            os._exit(EXIT_FAILED)  # the HTTP process ended before it said what to run
+        data += more
+    return bytes(data)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

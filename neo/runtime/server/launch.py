@@ -1,0 +1,32 @@
+"""What an engine process is started with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from neo.core.record import RunRecord
+from neo.runtime.engine import Engine
+from neo.runtime.setup import EngineConfig
+from neo.system.config import System
+
+Built = tuple[Engine, System]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What an engine process is started with; pickled, as both sides are ours.
+
+    Attributes:
+        config: the engine.
+        build: makes it, given config, record and the open log file or None; by default ``build_engine``.
+        record_dir: where to write the run log; None for nowhere.
+        write_results: called at the end with (folder, record, system): writes the results beside the log.
+    """
+
+    config: EngineConfig
+    build: Callable[[EngineConfig, RunRecord, TextIO | None], Built] | None = None
+    record_dir: Path | None = None
+    write_results: Callable[[Path, RunRecord, System], None] | None = None

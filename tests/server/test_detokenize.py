@@ -1,0 +1,84 @@
+"""Text as it comes: whole characters, nothing behind a stop string."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("tokenizers", reason="text is made by tokenizers")
+
+import tokenizers
+
+from neo.runtime import tiny
+from neo.runtime.server.detokenize import Detokenizer, StopStrings
+
+TOKENIZER = tokenizers.Tokenizer.from_file(str(tiny.FOLDER / "tokenizer.json"))
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@settings(max_examples=100)
+@given(texts, texts)
+def test_streamed_text_is_the_whole_text_in_whole_characters(prompt: str, text: str) -> None:
+    decode = Detokenizer(TOKENIZER, list(prompt.encode()))
+    pieces = [decode.push(byte) for byte in text.encode()]
+    assert "".join(pieces) == text
+    assert not any("�" in piece for piece in pieces) or "�" in text
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 263), max_size=200))
+def test_any_tokens_become_text_that_is_utf8(tokens: list[int]) -> None:
+    decode = Detokenizer(TOKENIZER, [])
+    "".join([decode.push(t) for t in tokens]).encode()
+
+
+def test_bytes_that_are_no_character_are_not_held_back_for_ever() -> None:
+    decode = Detokenizer(TOKENIZER, [65])
+    shown = "".join([decode.push(0xFF) for _ in range(100)])
+    assert len(shown) > 50
+    assert decode.push(ord("a")).endswith("a")
+
+
+def test_a_prompt_that_ends_inside_a_character_can_be_continued() -> None:
+    snowman = "☃".encode()
+    decode = Detokenizer(TOKENIZER, [65, snowman[0]])
+    pieces = [decode.push(b) for b in [*snowman[1:], 66, 67]]
+    assert "".join(pieces).endswith("BC")
+
+
+@settings(max_examples=300)
+@given(
+    st.text("ab", max_size=30),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.integers(1, 5), min_size=1),
+    st.booleans(),
+)
+def test_stop_strings_however_the_text_is_cut(
+    text: str, stops: list[str], sizes: list[int], include: bool
+) -> None:
+    found = [(text.find(s), s) for s in stops if s in text]
+    watch, shown, met, at = StopStrings(stops, include), "", None, 0
+    while at < len(text) and met is None:
+        size = sizes[at % len(sizes)]
+        more, met = watch.push(text[at : at + size])
+        shown += more
+        at += size
+        # What is out can no longer become part of a stop string.
+        assert text.startswith(shown)
+        assert met is not None or not any(s in shown for s in stops)
+    if not found:
+        assert met is None
+        assert shown + watch.flush() == text
+        return
+    assert met is not None
+    before = text.find(met)
+    assert shown == (text[: before + len(met)] if include else text[:before])
+
+
+def test_the_first_stop_string_counts_and_a_beginning_is_held_back() -> None:
+    watch = StopStrings(["END", "\n\n"])
+    assert watch.push("a E") == ("a ", None)
+    assert watch.push("N") == ("", None)
+    assert watch.push("x\n") == ("ENx", None)
+    assert watch.push("\nEND") == ("", "\n\n")
