@@ -9,7 +9,7 @@ import sys
 import typer
 
 from neo import __version__
-from neo.cli import bench, doctor, listings, profile, show, simulate, trace, validate
+from neo.cli import bench, compare, doctor, listings, profile, serve, show, simulate, trace, validate
 from neo.core.errors import InputError, NeoError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("simulate")(simulate.simulate)
+app.command("compare")(compare.compare)
+app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
 app.command("profile")(profile.profile)
 app.command("validate")(validate.validate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -175,9 +176,18 @@ class Runner:
             file = stack.enter_context(
                 (directory / "steps.jsonl").open("w", encoding="utf-8", buffering=1 << 20)
             )
+            self._keep_cost_table(directory)
         except OSError as error:
             raise InputError(f"cannot write into --out {directory}: {error.strerror}") from error
         return RunLog(file, header)
+
+    def _keep_cost_table(self, directory: Path) -> None:
+        """The table that decisions were made with stays with them: ``neo validate`` looks for it here."""
+        kind, _, path = self._run.system.config.cost_model.partition(":")
+        if kind == "profiled":
+            table = Path(path).expanduser()
+            if table.parent.resolve() != directory.resolve():
+                shutil.copyfile(table, directory / table.name)
 
     def _finish(self, driver: Driver, wall_time_s: float) -> RunResult:
         output, record = self.output, driver.record

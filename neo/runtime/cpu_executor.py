@@ -10,57 +10,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from neo.core.graph import RESOURCE_OF, OpKind, Resource, StepGraph, Template
+from neo.core.graph import OpKind, Resource, StepGraph
 from neo.core.plan import StepPlan
 from neo.core.record import Slice
 from neo.runtime.backend import Backend, KVMemory, Ticket, Worker
 from neo.runtime.block_tables import BlockTables, Copies, Ints
-from neo.runtime.executor import Sample, StepTimes
+from neo.runtime.executor import FAULTS, Sample, StepTimes
 from neo.runtime.model import Model
+from neo.runtime.program import Step, fault, program
 from neo.runtime.rope import Rope
 from neo.runtime.step_inputs import Append, BatchInputs, ChunkRows, StepInputs
-
-_OTHERS = frozenset({Resource.CPU, Resource.H2D, Resource.D2H})  # what a worker runs
-_ALIAS = {OpKind.RECV: OpKind.CPU_ATTN}  # fused: RECV has ended when the attention has
-_NOOPS = frozenset({OpKind.SCHEDULE, OpKind.SEND, OpKind.RECV, OpKind.ALLREDUCE})
-
-
-class _Step(NamedTuple):
-    """One operation of a template, with the worker operations it must wait for: (kind, sub-batch, lag)."""
-
-    kind: OpKind
-    batch: int
-    offset: int | None
-    work: int
-    resource: Resource
-    waits: tuple[tuple[OpKind, int, int], ...]
-
-
-@lru_cache(maxsize=4096)
-def _steps(template: Template) -> tuple[tuple[int, int, tuple[_Step, ...]], ...]:
-    """Sections as (repeat, first layer, operations that do something)."""
-    sections = []
-    for section in template.sections:
-        steps = []
-        for op in section.ops:
-            if op.kind in _NOOPS:
-                continue
-            waits = [
-                (_ALIAS.get(d.kind, d.kind), d.batch, d.lag)
-                for d in op.deps
-                if RESOURCE_OF[d.kind] in _OTHERS and d.kind is not OpKind.SEND
-            ]
-            steps.append(_Step(op.kind, op.batch, op.layer_offset, op.work, op.resource, tuple(waits)))
-        sections.append((section.repeat, section.first_layer, tuple(steps)))
-    return tuple(sections)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +41,7 @@ class CpuExecutorOptions:
 
     cpu_threads: int = 1
     cpu_cores: tuple[int, ...] | None = None
-    spin_us: int = 200
+    spin_us: int = 1000
 
 
 class CpuExecutor:
@@ -83,7 +49,7 @@ class CpuExecutor:
 
     Args:
         model: on the CPU.
-        backend: kernels of the "GPU's" thread.
+        backend: kernels of the "GPU's" thread; closed with the executor.
         tables: of both tiers.
         staging: (buffers, layer-blocks of each) that streamed KV passes through, as accounted.
         slices_of: how many first steps leave slices.
@@ -112,6 +78,15 @@ class CpuExecutor:
         self._standing = np.arange(first, first + staging[0] * staging[1], dtype=np.int32).reshape(staging)
         self.gpu = KVMemory.allocate(tables.gpu.total + staging[0] * staging[1], *shape)
         self.cpu = KVMemory.allocate(tables.cpu.total, *shape)
+        self._about = {
+            "executor": "cpu",
+            "backend": backend.describe(),
+            "torch": torch.__version__,
+            "gpu_threads": torch.get_num_threads(),
+            "cpu_threads": self.options.cpu_threads,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "kv_bytes": {"gpu": self.gpu.nbytes, "cpu": self.cpu.nbytes},
+        }
         self._workers: dict[Resource, Worker] = {}
         self._ran = 0
         self._handlers: dict[OpKind, Callable[[int, int], None]] = {
@@ -129,22 +104,18 @@ class CpuExecutor:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Device, threads, library and versions (JSON-serialisable)."""
-        return {
-            "executor": "cpu",
-            "backend": self.backend.describe(),
-            "torch": torch.__version__,
-            "gpu_threads": torch.get_num_threads(),
-            "cpu_threads": self.options.cpu_threads,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "kv_bytes": {"gpu": self.gpu.nbytes, "cpu": self.cpu.nbytes},
-        }
+        """Device, threads, library and versions (JSON-serialisable); also of a closed executor."""
+        return dict(self._about)
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the threads and give KV memory back; may be called again."""
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()
+        self.backend.close()
+        config = self.model.config
+        shape = (config.kv_heads, config.head_dim, self.tables.block_size, self.model.dtype)
+        self.gpu = self.cpu = KVMemory.allocate(0, *shape)
 
     # -- a step -------------------------------------------------------------------------------------------
 
@@ -155,12 +126,15 @@ class CpuExecutor:
         self._inputs, self._copies, self._sample = inputs, copies, sample
         self._stage(plan, inputs)
         seconds = [0.0] * len(graph.works)
-        issued: list[tuple[_Step, int | None, Ticket]] = []
+        issued: list[tuple[Step, int | None, Ticket]] = []
         slices: list[Slice] | None = [] if self._ran < self.slices_of else None
         with torch.inference_mode():
             begin = self._walk(graph, seconds, issued, slices)
         for step, layer, ticket in issued:
-            self._worker(step.resource).wait(ticket)
+            try:
+                ticket.worker.wait(ticket)
+            except FAULTS as error:
+                raise fault(step, layer, error) from error
             seconds[step.work] += ticket.end_s - ticket.start_s
             if slices is not None:
                 slices.append(
@@ -175,14 +149,14 @@ class CpuExecutor:
         self,
         graph: StepGraph,
         seconds: list[float],
-        issued: list[tuple[_Step, int | None, Ticket]],
+        issued: list[tuple[Step, int | None, Ticket]],
         slices: list[Slice] | None,
     ) -> float:
         """Every operation in program order: the GPU's here and now, the others as jobs of their workers."""
         clock = time.perf_counter
         latest: dict[tuple[OpKind, int], list[Ticket]] = {}
         begin = clock()
-        for repeat, first_layer, steps in _steps(graph.template):
+        for repeat, first_layer, steps in program(graph.template):
             for layer_of_section in range(first_layer, first_layer + repeat):
                 for step in steps:
                     kind, batch, offset, work, resource, waits = step
@@ -192,22 +166,23 @@ class CpuExecutor:
                         tickets = latest.get((key_kind, key_batch))
                         if tickets is not None and len(tickets) > lag:
                             after.append(tickets[-1 - lag])
-                    if resource is Resource.GPU:
-                        for ticket in after:
-                            ticket.worker.wait(ticket)
-                        start = clock()
-                        self._handlers[kind](batch, layer)
-                        end = clock()
-                        seconds[work] += end - start
-                        if slices is not None:
-                            shown = None if offset is None else layer
-                            slices.append(Slice(self._ran, resource, kind, shown, batch, start, end))
-                    else:
-                        job = self._jobs[kind](batch, layer)
-                        if job is not None:
+                    shown = None if offset is None else layer
+                    try:
+                        if resource is Resource.GPU:
+                            for ticket in after:
+                                ticket.worker.wait(ticket)
+                            start = clock()
+                            self._handlers[kind](batch, layer)
+                            end = clock()
+                            seconds[work] += end - start
+                            if slices is not None:
+                                slices.append(Slice(self._ran, resource, kind, shown, batch, start, end))
+                        elif (job := self._jobs[kind](batch, layer)) is not None:
                             ticket = self._worker(resource).submit(job, after)
                             latest.setdefault((kind, batch), []).append(ticket)
-                            issued.append((step, None if offset is None else layer, ticket))
+                            issued.append((step, shown, ticket))
+                    except FAULTS as error:
+                        raise fault(step, shown, error) from error
         return begin
 
     def _worker(self, resource: Resource) -> Worker:

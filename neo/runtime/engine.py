@@ -24,9 +24,8 @@ from neo.core.recorder import Begun, Recorder
 from neo.core.request import FinishReason, Request, Tier
 from neo.core.runlog import RunLog
 from neo.core.scheduler import Planned, Scheduler, StepResult
-from neo.runtime.cpu_library import CpuKernelError
 from neo.runtime.errors import EngineError
-from neo.runtime.executor import Executor, StepTimes
+from neo.runtime.executor import FAULTS, Executor, StepTimes
 from neo.runtime.sampler_state import SamplerState
 from neo.runtime.sampling import Sampler, SamplingError, TokenLogprobs
 from neo.runtime.sampling_params import SamplingParams
@@ -132,7 +131,8 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._sampled: dict[str, tuple[int, TokenLogprobs | None]] = {}
         self._next: _Running | None = None
-        self._failed: NeoError | None = None
+        self._failed: NeoError | None = None  # a policy's error in a plan made ahead
+        self._broken: EngineError | None = None
         self._free_at: float | None = None  # when the step before ended, if work has gone on without a pause
         self._added = 0
         self._thread = ThreadPoolExecutor(1, "neo-step") if options.ahead else None
@@ -219,9 +219,11 @@ class Engine:
     def step(self) -> list[Output]:
         """Run one step, if there is work: plan, run, finish. Returns what it brought, in order of requests.
 
-        Raises PlanError and PolicyError from a policy, EngineError from the executor; the engine cannot go
-        on after the latter.
+        Raises PlanError and PolicyError from a policy: the engine can go on. Raises EngineError from the
+        executor: it cannot, and says so again at every further step.
         """
+        if self._broken is not None:
+            raise EngineError(f"the engine cannot go on: {self._broken}") from self._broken
         if self._failed is not None:
             failed, self._failed = self._failed, None
             raise failed
@@ -253,8 +255,12 @@ class Engine:
             if self._thread is None:
                 return self.executor.run(*job)
             return self._meanwhile(planned, self._thread.submit(self.executor.run, *job))
-        except (CpuKernelError, RuntimeError) as error:
-            raise EngineError(f"the step failed: {error}") from error
+        except EngineError as error:
+            self._broken = error
+            raise
+        except FAULTS as error:
+            self._broken = EngineError(f"step {self.steps} failed: {error}")
+            raise self._broken from error
 
     def _meanwhile(self, planned: Planned, future: Future[StepTimes]) -> StepTimes:
         """Plan the next step while this one runs. A policy's error waits until this one's tokens are out."""
@@ -354,7 +360,7 @@ class Engine:
                 raise EngineError(f"{tier} memory holds {held}, the scheduler accounts {pool.holders()}")
 
     def close(self) -> None:
-        """Stop the executor's threads."""
+        """Stop the executor's threads and give its memory back; may be called again."""
         if self._thread is not None:
             self._thread.shutdown()
         self.executor.close()

@@ -16,6 +16,10 @@ Sample = Callable[[Any, tuple[str, ...]], None]
 """Called once per step with logits (float32 [rows, vocab], on the device) and the requests of the rows."""
 
 
+FAULTS = (RuntimeError, ValueError, IndexError, MemoryError)
+"""What torch, numpy and kernels raise when an operation cannot be done (CpuKernelError is a RuntimeError)."""
+
+
 @dataclass(slots=True)
 class StepTimes:
     """What running a step took, on the clock of ``time.perf_counter``.
@@ -72,7 +76,7 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop threads and give memory back."""
+        """Stop threads and give memory back; may be called again."""
         ...
 
 

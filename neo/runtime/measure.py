@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,20 +19,8 @@ from neo.runtime.sampling import Sampler
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.step_inputs import prepare
 
-
-@dataclass(frozen=True, slots=True)
-class OpSeconds:
-    """Seconds of one operation: median over the repeats of a step's mean, and their relative spread.
-
-    ``spread`` is (third quartile - first) / median.
-    """
-
-    seconds: float
-    spread: float
-
-
-Measured = dict[str, OpSeconds]
-"""By ``KIND:sub-batch``."""
+Measured = dict[str, list[float]]
+"""By ``KIND:sub-batch``: seconds of one operation, the mean over the step, for each measured run."""
 
 
 @dataclass(slots=True)
@@ -51,7 +37,7 @@ class Bench:
         model: shape of the model it runs.
         block_size: tokens of a block.
         staging_layers: staging buffers of the executor.
-        repeats: measured runs of each step, behind two that are not counted.
+        repeats: measured runs of each step, behind one that is not counted.
         seed: of token ids.
     """
 
@@ -69,7 +55,6 @@ class Bench:
         self.block_size = block_size
         self.staging_layers = staging_layers
         self.repeats = repeats
-        self.spreads: list[float] = []
         self._random = np.random.default_rng(seed)
         self._sampler = Sampler(model.vocab)
         self._known: dict[str, _Known] = {}
@@ -86,7 +71,8 @@ class Bench:
     def prefill(self, start: int, length: int, tier: Tier = Tier.GPU) -> Measured:
         """One chunk."""
         request = self.request(start + length, start, tier)
-        plan = StepPlan((SubBatch((PrefillChunk(request, start, length, tier),)),))
+        ring = 1 if tier is Tier.CPU and not self.staging_layers else 0  # no standing buffer: one of its own
+        plan = StepPlan((SubBatch((PrefillChunk(request, start, length, tier),)),), ring=ring)
         return self.run(lambda: plan, (request,))
 
     def pipelined(self, length: int, lengths: Sequence[int]) -> Measured:
@@ -101,14 +87,14 @@ class Bench:
         """A decode beside which KV of ``tokens`` tokens moves: to the host, and back."""
         runs, mover = self.decoding(beside, Tier.GPU), self.decoding(tokens, Tier.GPU)
         found: tuple[list[Measured], list[Measured]] = ([], [])
-        for _ in range(self.repeats + _WARM):
+        for _ in range(self.repeats + 1):
             for i, dst in enumerate((Tier.CPU, Tier.GPU)):
                 plan = StepPlan((SubBatch(gpu_decode=(runs,)),), (KVMove(mover, dst),))
                 found[i].append(self._once(plan))
                 mover.tier = dst
                 mover.host_layers = (1 << self.model.layers) - 1 if dst is Tier.CPU else 0
         self._release((runs, mover))
-        return self._summary(found[0][_WARM:]), self._summary(found[1][_WARM:])
+        return _joined(found[0][1:]), _joined(found[1][1:])
 
     # -- made-up requests -----------------------------------------------------------------------------------
 
@@ -136,14 +122,9 @@ class Bench:
 
     def run(self, plan: Callable[[], StepPlan], members: Sequence[Request]) -> Measured:
         """Run a plan again and again."""
-        start = time.perf_counter()
-        found = [self._once(plan())]
-        slow = time.perf_counter() - start > _SLOW_S
-        found += [
-            self._once(plan()) for _ in range(min(self.repeats, 3) if slow else self.repeats + _WARM - 1)
-        ]
+        found = [self._once(plan()) for _ in range(self.repeats + 1)]
         self._release(members)
-        return self._summary(found[1 if slow else _WARM :])
+        return _joined(found[1:])
 
     def _once(self, plan: StepPlan) -> Measured:
         tables = self.executor.tables
@@ -153,24 +134,13 @@ class Bench:
         tables.commit()
         counts = graph.template.counts
         return {
-            name: OpSeconds(seconds / count, 0.0)
+            name: [seconds / count]
             for name, seconds, count in zip(operation_names(graph), times.seconds, counts, strict=True)
         }
 
     def _sample(self, logits: Any, requests: tuple[str, ...]) -> None:
         params = SamplingParams(temperature=0.0)
         self._sampler.sample(logits, [SamplerState(params, (), self.model.vocab, 0) for _ in requests])
-
-    def _summary(self, found: list[Measured]) -> Measured:
-        result = {}
-        for name in found[0]:
-            seconds = [f[name].seconds for f in found]
-            middle = statistics.median(seconds)
-            low, high = np.quantile(seconds, (0.25, 0.75))
-            spread = float(high - low) / middle if middle > 0 else 0.0
-            result[name] = OpSeconds(middle, spread)
-            self.spreads.append(spread)
-        return result
 
     def _release(self, members: Sequence[Request]) -> None:
         for request in members:
@@ -182,5 +152,5 @@ class Bench:
         return blocks_for(kv_tokens, self.block_size)
 
 
-_WARM = 2  # runs that are not counted: caches, page faults, threads that wake up
-_SLOW_S = 0.3  # steps longer than this are repeated less: what disturbs them is short beside them
+def _joined(found: Sequence[Measured]) -> Measured:
+    return {name: [run[name][0] for run in found] for name in found[0]}

@@ -1,29 +1,31 @@
 """``neo profile``: measures every operation kind of an executor into a cost table.
 
 Steps of chosen shapes run through the executor as an engine would run them; their operations' times fill the
-tables of ``neo-cost-table/1`` (docs/cost-models.md). SCHEDULE, the host's own time, is taken from a short run
-of a whole engine.
+tables of ``neo-cost-table/1`` (docs/cost-models.md). All shapes are gone through several times, so that a
+machine whose speed drifts biases no part of the table against another. SCHEDULE, the host's own time, comes
+from a short run of a whole engine.
 """
 
 from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from neo import __version__
+from neo.core.errors import InputError
 from neo.core.pipeline import recv_bytes, send_bytes
 from neo.core.request import Tier
-from neo.core.view import Limits
 from neo.cost.table_schema import FORMAT, SHAPE_FIELDS
 from neo.runtime.engine import Engine
 from neo.runtime.measure import Bench, Measured
+from neo.runtime.profile_grid import Grid
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.setup import EngineParts
 from neo.system.config import System
@@ -31,86 +33,69 @@ from neo.system.config import System
 Progress = Callable[[str, float], None]
 """Told what is being measured, and the share that is done."""
 
+_ROUNDS, _QUICK_ROUNDS = 4, 2
+_REPEATS = 2  # measured runs of a shape in a round
 _SCHEDULE_PROMPT, _SCHEDULE_OUTPUT = 24, 32  # tokens of the requests that SCHEDULE is measured with
 _SCHEDULE_SEQS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """What to measure.
-
-    Attributes:
-        tokens: rows of dense work, and lengths of prefill chunks.
-        starts: prefixes of prefill chunks.
-        sequences: of decode attention.
-        gpu_kv: KV tokens that decode attention reads on the GPU, over all sequences.
-        cpu_kv: likewise on the CPU.
-        moved: tokens whose KV is swapped.
-        spilled: tokens whose new KV goes to the host.
-        repeats: measured runs of each step.
-    """
-
-    tokens: tuple[int, ...]
-    starts: tuple[int, ...]
-    sequences: tuple[int, ...]
-    gpu_kv: tuple[int, ...]
-    cpu_kv: tuple[int, ...]
-    moved: tuple[int, ...]
-    spilled: tuple[int, ...]
-    repeats: int
-
-    @classmethod
-    def for_budget(cls, limits: Limits, gpu: int, cpu: int, staged: int, quick: bool = False) -> Grid:
-        """Powers of 2 (dense work, which is not linear) and 4 up to a system's budgets.
-
-        ``gpu``, ``cpu`` and ``staged`` are the tokens that each tier and the staging buffer hold. ``quick``
-        takes powers of 4, and fewer repeats.
-        """
-        size = limits.block_size
-        most = max(gpu - 4 * size, 2)
-        tokens = _powers(1, min(limits.max_batch_tokens, most), 4 if quick else 2)
-        starts = [n for n in _powers(4 * size, most - tokens[-1], 8) if 0 < n <= most - tokens[-1]]
-        both = min(gpu, cpu) // 2
-        return cls(
-            tokens,
-            (0, *(starts or [size])),
-            _powers(1, min(limits.max_seqs, most), 4),
-            _powers(1, most, 4),
-            _powers(1, max(cpu - 4 * size, 2), 4),
-            _powers(size, max(both, size + 1), 8),
-            _powers(1, max(2, min(staged - size, limits.max_batch_tokens)), 8),
-            3 if quick else 7,
-        )
-
-
-def _powers(first: int, last: int, ratio: int) -> tuple[int, ...]:
-    """``first``, times ``ratio`` again and again, and ``last``; at least two values."""
-    found = [first]
-    while found[-1] * ratio < last:
-        found.append(found[-1] * ratio)
-    if last > found[-1]:
-        found.append(last)
-    return tuple(found) if len(found) > 1 else (first, first + 1)
-
-
-@dataclass(slots=True)
 class _Samples:
-    """Seconds by operation and size."""
+    """Seconds by table and coordinates."""
 
-    found: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._found: dict[str, dict[tuple[int, ...], list[float]]] = {}
 
-    def add(self, table: str, size: int, seconds: float) -> None:
-        self.found.setdefault(table, {}).setdefault(size, []).append(seconds)
+    def add(self, table: str, at: tuple[int, ...], seconds: float) -> None:
+        self._found.setdefault(table, {}).setdefault(at, []).append(seconds)
+
+    def at(self, table: str, at: tuple[int, ...]) -> float:
+        """Median of what was measured there."""
+        return statistics.median(self._found[table][at])
+
+    def sizes(self, table: str) -> list[int]:
+        """Sizes at which a one-axis table was measured."""
+        return sorted(at[0] for at in self._found.get(table, ()))
 
     def curve(self, table: str, axis: str) -> dict[str, Any]:
-        """A one-axis table; of several measurements of one size, the median."""
-        sizes = sorted(self.found[table])
-        seconds = [statistics.median(self.found[table][n]) for n in sizes]
+        """A one-axis table."""
+        sizes = self.sizes(table)
+        seconds = [self.at(table, (n,)) for n in sizes]
+        if len(sizes) == 1:  # budgets leave no choice, and the format wants two: nothing takes no time
+            sizes, seconds = [0, *sizes], [0.0, *seconds]
         return {"axes": {axis: sizes}, "seconds": seconds}
+
+    def surface(self, table: str, axes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        """A two-axis table; what does not fit in memory is continued with the differences of its neighbours.
+
+        No step looks there, but interpolation in the cells beside it does.
+        """
+        first, second = axes.values()
+        rows: list[list[float]] = []
+        for x in first:
+            row: list[float] = []
+            for j, y in enumerate(second):
+                if (x, y) in self._found[table]:
+                    row.append(self.at(table, (x, y)))
+                else:
+                    up, left, corner = rows[-1][j], row[-1], rows[-1][j - 1]
+                    row.append(max(up, left, up + left - corner))
+            rows.append(row)
+        return {"axes": {name: list(values) for name, values in axes.items()}, "seconds": rows}
+
+    def spread(self) -> float:
+        """Median over everything measured of (third quartile - first) / median."""
+        found = []
+        for entries in self._found.values():
+            for seconds in entries.values():
+                middle = statistics.median(seconds)
+                low, high = np.quantile(seconds, (0.25, 0.75))
+                if middle > 0 and len(seconds) > 2:
+                    found.append(float(high - low) / middle)
+        return statistics.median(found) if found else 0.0
 
 
 class Profiler:
-    """Measures one executor; ``tables()`` gives the document.
+    """Measures one executor; ``document()`` gives the file's content.
 
     Args:
         parts: the loaded model.
@@ -126,145 +111,153 @@ class Profiler:
         self.system = system
         self.limits = system.config.limits
         self.progress = progress or (lambda _what, _share: None)
-        scheduler = system.scheduler()
-        pools = scheduler.view.pools
-        self.room = {tier: pools[tier].tokens for tier in Tier}
-        self.staged = pools[Tier.GPU].staging_blocks * self.limits.block_size
-        self.grid = Grid.for_budget(self.limits, self.room[Tier.GPU], self.room[Tier.CPU], self.staged, quick)
-        self.samples = _Samples()
+        pools = system.scheduler().view.pools
         self.staging_layers = pools[Tier.GPU].staging_layers
-        self.on_cpu = self.room[Tier.CPU] > 0 and self.staged > 0
+        self.room = {tier: pools[tier].tokens for tier in Tier}
+        size = self.limits.block_size
+        if self.room[Tier.GPU] < 2 * max(size, 2):
+            raise InputError(
+                f"neo profile needs at least 2 GPU KV blocks of {size} tokens, policy "
+                f"{system.config.policy} has {pools[Tier.GPU].blocks} for requests: give more --kv-gpu-blocks"
+            )
+        self.on_cpu = self.room[Tier.CPU] > 0
+        self.grid = Grid.for_budget(self.limits, self.room[Tier.GPU], self.room[Tier.CPU], quick)
+        self.rounds = _QUICK_ROUNDS if quick else _ROUNDS
+        self.samples = _Samples()
 
     def document(self, command: str) -> dict[str, Any]:
         """Measure everything; the content of a cost-table file (JSON-serialisable)."""
         engine = self.parts.engine(self.system)
         try:
             bench = Bench(
-                engine.executor,
-                self.parts.spec,
-                self.limits.block_size,
-                self.staging_layers,
-                self.grid.repeats,
+                engine.executor, self.parts.spec, self.limits.block_size, self.staging_layers, _REPEATS
             )
-            tables = self._tables(bench)
+            steps = list(self._shapes(bench))
+            for i in range(self.rounds):
+                for k, (what, measure) in enumerate(steps):
+                    self.progress(what, 0.9 * (i + k / len(steps)) / self.rounds)
+                    measure()
             described = engine.executor.describe()
         finally:
             engine.close()
-        tables["schedule"] = self._schedule()
         model = self.parts.spec
         return {
             "format": FORMAT,
-            "provenance": self._provenance(described, bench.spreads, command),
+            "provenance": self._provenance(described, command),
             "model": {name: getattr(model, name) for name in ("name", *SHAPE_FIELDS)},
             "tp": 1,
             "dtype": described["dtype"],
-            "tables": tables,
+            "tables": {**self._tables(), "schedule": self._schedule()},
             "contention": self._contention(),
         }
 
-    # -- tables -------------------------------------------------------------------------------------------
+    # -- measuring ----------------------------------------------------------------------------------------
 
-    def _tables(self, bench: Bench) -> dict[str, Any]:
-        self._chunks(bench)
-        tables: dict[str, Any] = {}
-        tables["gpu_attn_prefill"] = self._prefill(bench)
-        tables["gpu_attn_decode"] = self._decode(bench, Tier.GPU, "GPU_ATTN:0")
-        if self.on_cpu:
-            tables["cpu_attn"] = self._decode(bench, Tier.CPU, "CPU_ATTN:0")
-            self._moves(bench)
-            for name in ("swap_out", "swap_in"):
-                tables[name] = self.samples.curve(name, "bytes")
-            tables["stream"] = self._streams(bench) or tables["swap_in"]
-            for name, most in (("send", send_bytes), ("recv", recv_bytes)):
-                # Nothing is moved: both sides of this executor see the same memory.
-                size = most(self.limits.max_seqs, self.parts.spec)
-                tables[name] = {"axes": {"bytes": [1, max(2, size)]}, "seconds": [0.0, 0.0]}
-        for name, axis in (("embed", "tokens"), ("pre", "tokens"), ("post", "tokens"), ("head", "sequences")):
-            tables[name] = self.samples.curve(name, axis)
-        return tables
+    def _shapes(self, bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What to run in each round."""
+        grid = self.grid
+        for n in grid.tokens:
+            for start in grid.starts:
+                if start + n <= max(self.room[Tier.GPU], grid.tokens[-1]):
+                    yield "prefill", partial(self._chunk, bench, n, start)
+        for n in grid.rows:
+            yield "sampling", partial(self._rows, bench, n)
+        for n in grid.gpu_sequences:
+            for kv in grid.gpu_kv:
+                yield "decode attention on the GPU", partial(self._decode, bench, Tier.GPU, n, kv)
+        if not self.on_cpu:
+            return
+        for n in grid.cpu_sequences:
+            for kv in grid.cpu_kv:
+                yield "decode attention on the CPU", partial(self._decode, bench, Tier.CPU, n, kv)
+        for n in grid.moved:
+            yield "swaps", partial(self._swap, bench, n)
+        for n in grid.spilled:
+            yield "new KV to the host", partial(self._spill, bench, n)
+        for n in grid.streamed:
+            yield "streams", partial(self._stream, bench, n)
 
-    def _note(self, found: Measured, tokens: int, rows: int) -> None:
-        for name, key, size in (
+    def _rows(self, bench: Bench, n: int) -> None:
+        n = min(n, self.room[Tier.GPU] // self.limits.block_size)
+        self._dense(bench.decode([1] * n, Tier.GPU), n, n)
+
+    def _dense(self, found: Measured, tokens: int, rows: int) -> None:
+        for table, name, size in (
             ("embed", "EMBED:-1", tokens),
             ("pre", "PRE:0", tokens),
             ("post", "POST:0", tokens),
             ("head", "HEAD:-1", rows),
         ):
-            self.samples.add(name, size, found[key].seconds)
+            for seconds in found[name]:
+                self.samples.add(table, (size,), seconds)
 
-    def _chunks(self, bench: Bench) -> None:
-        """Dense work at every number of tokens."""
-        for i, n in enumerate(self.grid.tokens):
-            self.progress("prefill", 0.2 * i / len(self.grid.tokens))
-            found = bench.prefill(0, n)
-            self._note(found, n, 1)
-            self.samples.add("chunk", n, found["GPU_ATTN:0"].seconds)
+    def _add(self, table: str, at: tuple[int, ...], seconds: list[float], scale: float = 1.0) -> None:
+        for value in seconds:
+            self.samples.add(table, at, scale * value)
 
-    def _prefill(self, bench: Bench) -> dict[str, Any]:
-        """Prefill attention by chunk length and prefix."""
-        starts = self.grid.starts
-        rows = []
-        for i, n in enumerate(self.grid.tokens):
-            row = [statistics.median(self.samples.found["chunk"][n])]
-            for start in starts[1:]:
-                self.progress("prefill over a prefix", 0.2 + 0.2 * i / len(self.grid.tokens))
-                row.append(bench.prefill(start, n)["GPU_ATTN:0"].seconds)
-            rows.append(row)
-        axes = {"length": list(self.grid.tokens), "start": list(starts)}
-        return {"axes": axes, "seconds": rows}
+    def _chunk(self, bench: Bench, length: int, start: int) -> None:
+        found = bench.prefill(start, length)
+        self._dense(found, length, 1)
+        self._add("gpu_attn_prefill", (length, start), found["GPU_ATTN:0"])
 
-    def _decode(self, bench: Bench, tier: Tier, key: str) -> dict[str, Any]:
-        """Decode attention of one tier by sequences and KV tokens."""
-        sizes = self.grid.gpu_kv if tier is Tier.GPU else self.grid.cpu_kv
-        rows: list[list[float]] = []
-        for i, n in enumerate(self.grid.sequences):
-            row: list[float] = []
-            for kv in sizes:
-                done = (0.4 if tier is Tier.GPU else 0.6) + 0.2 * i / len(self.grid.sequences)
-                self.progress(f"decode attention on the {tier}", done)
-                lengths = self._lengths(n, kv, self.room[tier])
-                if lengths is None:  # more blocks than there are: not asked for, and kept monotone
-                    row.append(row[-1] if row else rows[-1][0])
-                    continue
-                found = bench.decode(lengths, tier)
-                row.append(found[key].seconds)
-                if tier is Tier.GPU:
-                    self._note(found, n, n)
-            rows.append(row)
-        axes = {"sequences": list(self.grid.sequences), "kv_tokens": list(sizes)}
-        return {"axes": axes, "seconds": rows}
-
-    def _lengths(self, sequences: int, kv_tokens: int, room: int) -> list[int] | None:
-        """KV tokens of each of ``sequences`` that share ``kv_tokens``; None if their blocks do not fit."""
-        each, more = divmod(max(kv_tokens, sequences), sequences)
-        lengths = [each + (i < more) for i in range(sequences)]
+    def _decode(self, bench: Bench, tier: Tier, sequences: int, kv_tokens: int) -> None:
+        """Decode attention; where blocks do not suffice for ``kv_tokens``, of fewer, scaled up."""
+        table, name = ("gpu_attn_decode", "GPU_ATTN:0") if tier is Tier.GPU else ("cpu_attn", "CPU_ATTN:0")
         size = self.limits.block_size
-        return lengths if sum(-(-n // size) for n in lengths) * size <= room else None
+        n = min(sequences, self.room[tier] // size)  # fewer only where the axis has one value too many
+        fitting = (self.room[tier] // size // n) * size * n
+        read = max(min(kv_tokens, fitting), n)
+        each, more = divmod(read, n)
+        found = bench.decode([each + (i < more) for i in range(n)], tier)
+        if tier is Tier.GPU:
+            self._dense(found, n, n)
+        else:
+            self._add("head", (n,), found["HEAD:-1"])
+        self._add(table, (sequences, kv_tokens), found[name], max(1.0, kv_tokens / read))
 
-    def _moves(self, bench: Bench) -> None:
-        """Swaps out and in; and new KV that goes to the host, by the same table."""
-        token = self.parts.spec.kv_bytes_per_token_layer
-        for i, tokens in enumerate(self.grid.moved):
-            self.progress("swaps", 0.8 + 0.1 * i / len(self.grid.moved))
-            out, into = bench.swap(tokens)
-            size = bench.blocks(tokens) * self.limits.block_size * token
-            self.samples.add("swap_out", size, out["SWAP_OUT:-1"].seconds)
-            self.samples.add("swap_in", size, into["SWAP_IN:-1"].seconds)
-        for tokens in self.grid.spilled:
-            found = bench.prefill(0, tokens, Tier.CPU)
-            self.samples.add("swap_out", tokens * token, found["SWAP_OUT:0"].seconds)
+    def _swap(self, bench: Bench, tokens: int) -> None:
+        out, into = bench.swap(tokens)
+        size = bench.blocks(tokens) * self.limits.block_size * self.parts.spec.kv_bytes_per_token_layer
+        self._add("swap_out", (size,), out["SWAP_OUT:-1"])
+        self._add("swap_in", (size,), into["SWAP_IN:-1"])
 
-    def _streams(self, bench: Bench) -> dict[str, Any] | None:
-        """Prefixes streamed to a chunk whose KV lives on the host."""
-        size = self.limits.block_size
-        starts = [n for n in _powers(size, max(size, self.staged - 2 * size), 8) if n + size <= self.staged]
-        if len(starts) < 2:
-            return None
-        token = self.parts.spec.kv_bytes_per_token_layer
-        for n in starts:
-            found = bench.prefill(n, 1, Tier.CPU)
-            self.samples.add("stream", n * token, found["STREAM:0"].seconds)
-        return self.samples.curve("stream", "bytes")
+    def _spill(self, bench: Bench, tokens: int) -> None:
+        """New KV that goes to the host has the price of a swap."""
+        found = bench.prefill(0, tokens, Tier.CPU)
+        self._add("swap_out", (tokens * self.parts.spec.kv_bytes_per_token_layer,), found["SWAP_OUT:0"])
+
+    def _stream(self, bench: Bench, tokens: int) -> None:
+        found = bench.prefill(tokens, 1, Tier.CPU)
+        self._add("stream", (tokens * self.parts.spec.kv_bytes_per_token_layer,), found["STREAM:0"])
+
+    # -- tables ---------------------------------------------------------------------------------------------
+
+    def _tables(self) -> dict[str, Any]:
+        grid, samples = self.grid, self.samples
+        tables = {
+            "embed": samples.curve("embed", "tokens"),
+            "pre": samples.curve("pre", "tokens"),
+            "post": samples.curve("post", "tokens"),
+            "head": samples.curve("head", "sequences"),
+            "gpu_attn_prefill": samples.surface(
+                "gpu_attn_prefill", {"length": grid.tokens, "start": grid.starts}
+            ),
+            "gpu_attn_decode": samples.surface(
+                "gpu_attn_decode", {"sequences": grid.gpu_sequences, "kv_tokens": grid.gpu_kv}
+            ),
+        }
+        if self.on_cpu:
+            axes = {"sequences": grid.cpu_sequences, "kv_tokens": grid.cpu_kv}
+            tables["cpu_attn"] = samples.surface("cpu_attn", axes)
+            tables["swap_out"] = samples.curve("swap_out", "bytes")
+            tables["swap_in"] = samples.curve("swap_in", "bytes")
+            streamed = samples.sizes("stream")
+            tables["stream"] = samples.curve("stream", "bytes") if streamed else tables["swap_in"]
+            for name, most in (("send", send_bytes), ("recv", recv_bytes)):
+                # Nothing is moved: both sides of this executor see the same memory.
+                size = max(2, most(self.limits.max_seqs, self.parts.spec))
+                tables[name] = {"axes": {"bytes": [1, size]}, "seconds": [0.0, 0.0]}
+        return tables
 
     # -- the host's own time ------------------------------------------------------------------------------
 
@@ -272,9 +265,12 @@ class Profiler:
         """SCHEDULE by requests in the step: a line through the medians of a short engine run."""
         self.progress("scheduling", 0.9)
         most = max(2, min(_SCHEDULE_SEQS, self.limits.max_seqs))
+        room = min([n for n in (*self.room.values(), self.parts.max_model_len) if n])
+        output = max(1, min(_SCHEDULE_OUTPUT, room // 2))
+        prompt = max(1, min(_SCHEDULE_PROMPT, room - output))
         engine = self.parts.engine(self.system)
         try:
-            points = _host_seconds(engine, most, self.parts.spec.vocab)
+            points = _host_seconds(engine, most, prompt, output)
         finally:
             engine.close()
         sizes = np.array(sorted(points))
@@ -288,19 +284,16 @@ class Profiler:
     # -- what else a file holds ---------------------------------------------------------------------------
 
     def _contention(self) -> dict[str, Any]:
-        out = self.samples.found.get("swap_out")
-        size = max(out) if out else 1
-        rate = size / statistics.median(out[size]) if out else self.parts.hardware.d2h_bandwidth
+        sizes = self.samples.sizes("swap_out")
+        known = sizes[-1] / self.samples.at("swap_out", (sizes[-1],)) if sizes else None
         return {
             "cpu_share_beside_copy": 1.0,
             "copy_share_duplex": 1.0,
-            "copy_bandwidth": rate,
+            "copy_bandwidth": known or self.parts.hardware.d2h_bandwidth,
             "source": "bandwidth measured; contention between copies and CPU attention is not",
         }
 
-    def _provenance(
-        self, described: dict[str, Any], spreads: Sequence[float], command: str
-    ) -> dict[str, Any]:
+    def _provenance(self, described: dict[str, Any], command: str) -> dict[str, Any]:
         hardware = self.parts.hardware
         kernels = [str(described["backend"].get(key, "")) for key in ("kind", "target", "version")]
         return {
@@ -316,22 +309,34 @@ class Profiler:
             },
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "command": command,
-            "repeats": self.grid.repeats,
-            "spread": float(statistics.median(spreads)),
+            "repeats": self.rounds * _REPEATS,
+            "spread": self.samples.spread(),
         }
 
 
-def _host_seconds(engine: Engine, sequences: int, vocab: int) -> dict[int, list[float]]:
-    """Seconds of SCHEDULE by requests in the step, of a run that fills up and empties."""
+def _host_seconds(engine: Engine, sequences: int, prompt: int, output: int) -> dict[int, list[float]]:
+    """Seconds of SCHEDULE by requests in the step, of a run that fills up and empties.
+
+    The first two steps do not count where there are more. InputError if the policy runs none.
+    """
     random = np.random.default_rng(0)
     for i in range(2 * sequences):
-        prompt = random.integers(0, vocab, _SCHEDULE_PROMPT).tolist()
+        ids = random.integers(0, engine.vocab, prompt).tolist()
         # Lengths from 1 up: requests end one after the other, so that every size of step occurs.
-        tokens = 1 + i * _SCHEDULE_OUTPUT // (2 * sequences)
-        engine.add(f"s{i}", prompt, SamplingParams(tokens, 0.0, ignore_eos=True))
-    found: dict[int, list[float]] = {}
+        tokens = 1 + i * output // (2 * sequences)
+        engine.add(f"s{i}", ids, SamplingParams(tokens, 0.0, ignore_eos=True))
+    steps: list[tuple[int, float]] = []
+    rejected = ""
     while engine.has_work:
-        engine.step()
-        if engine.last is not None and engine.steps > 2:
-            found.setdefault(engine.last_sequences, []).append(engine.last.seconds[0])
+        outputs = engine.step()
+        if engine.steps > len(steps) and engine.last is not None:
+            steps.append((engine.last_sequences, engine.last.seconds[0]))
+        elif not outputs:
+            raise engine.scheduler.stalled()
+        rejected = next((o.detail for o in outputs if o.detail), rejected)
+    if not steps:
+        raise InputError(f"requests of {prompt + output} tokens cannot run under these budgets: {rejected}")
+    found: dict[int, list[float]] = {}
+    for size, seconds in steps[2:] or steps:
+        found.setdefault(size, []).append(seconds)
     return found

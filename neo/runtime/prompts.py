@@ -1,4 +1,4 @@
-"""Token ids for the prompts of a workload, which knows their lengths only: drawn, or read beside the lengths."""
+"""Token ids for the prompts of a workload, which knows their lengths only: drawn, or read from its trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from neo.workload import Workload
 from neo.workload.source import FieldError, open_source, shown
 
 IDS_FIELD = "prompt_token_ids"
-"""In a trace in neo's own format (docs/workloads.md): a line's token ids, as many as its ``prompt_tokens``."""
+"""In a trace in neo's own format (docs/workloads.md): token ids, as many as ``prompt_tokens`` says."""
 
 
 class Prompts:
@@ -86,5 +86,3 @@ def _ids(record: dict[str, object], count: int, vocab: int) -> list[int]:
         if type(token) is not int or not 0 <= token < vocab:
             raise FieldError(IDS_FIELD, f"{shown(token)} is no token of a vocabulary of {vocab}")
     return ids
-
-

@@ -74,7 +74,7 @@ class Replay:
         self.prompts = prompts
         self.record = RunRecord()
         self.too_long = 0  # requests longer than the engine takes
-        self._given = engine
+        self.engine = engine
         self._log = log
         self._progress = progress
         self._observe = observe
@@ -84,8 +84,8 @@ class Replay:
         self._ended = 0
 
     def run(self) -> RunRecord:
-        """Run to the end of the last request. Errors of policy and executor pass through; the record stays."""
-        rows, record, given = self.workload.requests, self.record, self._given
+        """Run to the end of the last request; errors of policy and executor pass through."""
+        rows, record, given = self.workload.requests, self.record, self.engine
         record.start_s = rows[0].arrival_s if rows else 0.0
         self._zero = time.perf_counter() - record.start_s
         self.engine = engine = Engine(
@@ -102,6 +102,10 @@ class Replay:
             raise
         record.end_s = max((r.finish_s or 0.0 for r in record.requests), default=0.0)
         return record
+
+    def close(self) -> None:
+        """Stop the engine's threads."""
+        self.engine.close()
 
     def _loop(self) -> None:
         engine = self.engine
@@ -228,10 +232,10 @@ def wait_until(engine: Engine, then: float) -> None:
 
 
 def warm_up(parts: EngineParts, system: System) -> None:
-    """Run a few steps of throw-away engines: a first step is several times as long as those behind it.
+    """Run a few steps of throw-away engines, so that no step that is measured is the process's first.
 
-    Threads start, libraries choose and prepare their kernels, and memory is mapped. The engines are small,
-    with budgets of their own and the limits of ``system``; nothing of them is left.
+    Threads start, and libraries choose and prepare their kernels. The engines are small, with budgets of
+    their own and the limits of ``system``; nothing of them is left.
     """
     most = parts.max_model_len
     tokens = min(_WARM_TOKENS, most - 1)
@@ -244,9 +248,12 @@ def warm_up(parts: EngineParts, system: System) -> None:
         config = replace(system.config, policy=policy, policy_options={})
         engine = parts.engine(replace(system, config=config, gpu_blocks=2 * blocks, cpu_blocks=blocks))
         try:
+            params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
             for i in range(_WARM_REQUESTS):
-                engine.add(str(i), prompt, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
-            while engine.has_work:
+                engine.add(str(i), prompt, params)
+            ran = -1
+            while engine.has_work and engine.steps > ran:
+                ran = engine.steps
                 engine.step()
         finally:
             engine.close()

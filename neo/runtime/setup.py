@@ -13,7 +13,7 @@ from neo.core.record import RunRecord
 from neo.core.request import Tier
 from neo.core.runlog import RunLog
 from neo.core.specs import HardwareSpec, ModelSpec
-from neo.core.view import Limits
+from neo.core.view import Limits, SystemView
 from neo.cost.loading import load_cost_model
 from neo.cost.memory import kv_budget
 from neo.cost.presets import load_hardware
@@ -21,12 +21,14 @@ from neo.runtime.backend import Kind, backend
 from neo.runtime.block_tables import BlockTables
 from neo.runtime.cpu_executor import CpuExecutor, CpuExecutorOptions
 from neo.runtime.engine import Engine, EngineOptions
+from neo.runtime.kv_memory import available_bytes
 from neo.runtime.machine import local_hardware, split_cores
 from neo.runtime.model import Model
 from neo.system.config import System, SystemConfig, kv_blocks
 
 THIS_MACHINE = "this"
-_GPU_KV, _CPU_KV = 1 << 30, 1 << 31  # bytes that KV takes of this machine's memory unless told otherwise
+_GIB = 1 << 30
+_GPU_KV, _CPU_KV = _GIB, 2 * _GIB  # bytes that KV takes of this machine's memory unless told otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ class EngineParts:
         """A fresh engine; its KV memory is reserved now, or refused with the numbers."""
         scheduler = system.scheduler()
         pools = scheduler.view.pools
+        _check_memory(scheduler.view)
         tables = BlockTables(
             self.spec.layers, system.config.limits.block_size, pools[Tier.GPU].total, pools[Tier.CPU].total
         )
@@ -138,6 +141,20 @@ class EngineParts:
         if asked is not None and asked > most and self.config.load_format != "dummy":
             raise InputError(f"--max-model-len {asked}: {self.spec.name} was made for {most} tokens")
         return most if asked is None else asked
+
+
+def _check_memory(view: SystemView) -> None:
+    """Raise InputError, with the numbers, if the KV of both tiers is more than this machine's free memory."""
+    gpu, cpu = view.pools[Tier.GPU], view.pools[Tier.CPU]
+    block_bytes = view.limits.block_size * view.model.kv_bytes_per_token_layer
+    asked = (gpu.total + gpu.staging_layers * gpu.staging_blocks) * block_bytes, cpu.total * block_bytes
+    free = available_bytes()
+    if free is not None and sum(asked) > free:
+        raise InputError(
+            f"KV memory of {asked[0] / _GIB:.2f} GiB for the GPU ({gpu.blocks} blocks) and "
+            f"{asked[1] / _GIB:.2f} GiB for the host ({cpu.blocks} blocks) is {sum(asked)} bytes, but {free} "
+            f"bytes ({free / _GIB:.2f} GiB) of memory are available: give fewer blocks"
+        )
 
 
 def _budgets(config: EngineConfig, model: ModelSpec, hardware: HardwareSpec) -> tuple[int, int]:

@@ -72,6 +72,14 @@ def test_summary_field_by_field(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "new" / "dir").iterdir()) == ["requests.csv", "summary.json"]
 
 
+def test_a_measured_run_says_what_ran_it(tmp_path: Path) -> None:
+    engine = {"executor": "cpu", "library": "/opt/lib/libneo_cpu.so", "kv_bytes": {"gpu": np.int64(7)}}
+    summary = write_run(tmp_path, synthetic_run(5), meta(kind="measured", engine=engine))
+    assert summary["kind"] == "measured"
+    assert summary["engine"] == {"executor": "cpu", "library": "libneo_cpu.so", "kv_bytes": {"gpu": 7}}
+    assert "engine" not in build_summary(synthetic_run(5), meta())
+
+
 def test_requests_csv(tmp_path: Path) -> None:
     odd = make_request(2, arrival=0.5, tokens=3, preemptions=2, cpu_steps=1)
     odd.id = 'a,"b"'

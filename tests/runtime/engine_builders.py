@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from support import MACHINE, ToyCost
 
 from neo.core.request import FinishReason, Tier
@@ -36,7 +37,11 @@ def make_engine(
     record: Any = None,
     **options: Any,
 ) -> Engine:
-    """An engine of ``gpu`` and ``cpu`` blocks; ``kind`` names the backend."""
+    """An engine of ``gpu`` and ``cpu`` blocks; ``kind`` names the backend.
+
+    torch gets one thread: a test's matrices are too small to be shared out.
+    """
+    torch.set_num_threads(1)
     budget = Limits(**{"block_size": 8, "max_seqs": 8, "max_batch_tokens": 48, **(limits or {})})
     spec = model.config.spec()
     scheduler = Scheduler(policy, cost or ToyCost(), spec, MACHINE, budget, gpu, cpu)

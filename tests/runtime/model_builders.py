@@ -9,6 +9,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests touch no network
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -105,16 +106,25 @@ def hf_logits(folder: Path, tokens: Sequence[int], dtype: str = "float32") -> to
 
 def hf_greedy(folder: Path, prompt_ids: Sequence[int], n: int, *, eos: bool = False) -> list[int]:
     """What transformers generates greedily in float32: ``n`` tokens, fewer where ``eos`` is to end it."""
-    model = hf_model(folder)
+    return hf_generate(hf_model(folder), prompt_ids, n, eos=eos)
+
+
+def hf_generate(model: Any, prompt_ids: Sequence[int], n: int, *, eos: bool = False) -> list[int]:
+    """The same of a model that ``hf_model`` gave."""
     prompt = torch.tensor([list(prompt_ids)])
-    config = model.generation_config
+    # The model's own, too: where the one that is given says None, generate asks the other.
+    config, own = copy.deepcopy(model.generation_config), model.generation_config
     config.do_sample = False
     config.max_new_tokens, config.max_length = n, None
     config.pad_token_id = 0
     if not eos:
         config.eos_token_id = None
-    with quiet(), torch.inference_mode():
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    model.generation_config = config
+    try:
+        with quiet(), torch.inference_mode():
+            out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    finally:
+        model.generation_config = own
     return [int(token) for token in out[0, len(prompt_ids) :]]
 
 

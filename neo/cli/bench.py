@@ -1,0 +1,265 @@
+"""``neo bench``: run a workload on the engine, in this process, and leave what ``neo simulate`` leaves."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neo.cli import engine_options as eng
+from neo.cli import options as opt
+from neo.cli.flags import key_values, options_by_policy, workload_of
+from neo.cli.runner import OpenLog, Output, Progress, Run, run_all
+from neo.core.errors import InputError
+from neo.core.view import Limits
+from neo.report.files import portable_command
+from neo.report.metrics import SLO
+from neo.workload import Workload
+
+if TYPE_CHECKING:
+    from neo.runtime.engine import Engine
+    from neo.runtime.prompts import Prompts
+    from neo.runtime.replay import Replay, ReplayOptions
+    from neo.runtime.setup import EngineConfig, EngineParts
+    from neo.system.config import System
+
+
+class TokenIds(StrEnum):
+    """Where prompts come from."""
+
+    random = "random"
+    trace = "trace"
+
+
+TokenIdsOpt = Annotated[
+    TokenIds,
+    typer.Option(
+        "--token-ids",
+        help="Prompts: random, or the prompt_token_ids of a trace in neo's own format.",
+        rich_help_panel=opt.WORKLOAD,
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option("--temperature", help="Of sampling; 0 is greedy.", min=0.0, rich_help_panel=opt.WORKLOAD),
+]
+Warmup = Annotated[
+    bool,
+    typer.Option(
+        "--warmup/--no-warmup",
+        help="First run a few steps that are not measured.",
+        rich_help_panel=opt.OUTPUT,
+    ),
+]
+Timeline = Annotated[
+    int,
+    typer.Option(
+        "--timeline",
+        help="Write timeline.json (Perfetto) of the first N steps into --out.",
+        min=0,
+        rich_help_panel=opt.OUTPUT,
+    ),
+]
+
+
+def bench(
+    trace: opt.Trace = None,
+    format: opt.Format = None,
+    prompt_lengths: opt.PromptLengths = None,
+    output_lengths: opt.OutputLengths = None,
+    requests: opt.Requests = None,
+    limit: opt.Limit = None,
+    arrivals: opt.Arrivals = None,
+    rate: opt.Rate = None,
+    speedup: opt.Speedup = None,
+    cv: opt.Cv = None,
+    seed: opt.Seed = 0,
+    timeout: opt.Timeout = None,
+    token_ids: TokenIdsOpt = TokenIds.random,
+    temperature: Temperature = 0.0,
+    model: eng.Model = eng.DEFAULT_MODEL,
+    load_format: eng.LoadWeights = None,
+    dtype: eng.Dtype = None,
+    max_model_len: eng.MaxModelLen = None,
+    gpu_threads: eng.GpuThreads = None,
+    cpu_threads: eng.CpuThreads = None,
+    cpu_cores: eng.CpuCores = None,
+    backend: eng.Backend = eng.Kernels.auto,
+    ahead: eng.Ahead = False,
+    policy: opt.Policy = None,
+    policy_opt: opt.PolicyOpt = None,
+    hardware: eng.Hardware = "this",
+    cost: opt.Cost = "roofline",
+    cost_opt: opt.CostOpt = None,
+    kv_gpu_blocks: eng.KvGpuBlocks = None,
+    kv_cpu_blocks: eng.KvCpuBlocks = None,
+    kv_gpu_bytes: opt.KvGpuBytes = None,
+    kv_cpu_bytes: opt.KvCpuBytes = None,
+    block_size: opt.BlockSize = 16,
+    max_seqs: opt.MaxSeqs = 1024,
+    max_batch_tokens: opt.MaxBatchTokens = 8192,
+    warmup: Warmup = True,
+    out: opt.Out = None,
+    plots: opt.Plots = True,
+    timeline: Timeline = 0,
+    slo: opt.Slo = None,
+    drop_first: opt.DropFirst = 0.0,
+    as_json: opt.AsJson = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Run a workload on the engine, in real time; with several --policy, one after the other."""
+    if timeline and out is None:
+        raise InputError("--timeline needs --out DIR to write timeline.json into")
+    if token_ids is TokenIds.trace and trace is None:
+        raise InputError("--token-ids trace needs --trace FILE with prompt_token_ids")
+    workload = workload_of(
+        trace, format, limit, prompt_lengths, output_lengths, requests, arrivals, rate, speedup, cv, seed
+    )
+    names = policy or ["neo"]
+    options = options_by_policy(names, key_values(policy_opt, "--policy-opt"))
+    output = Output(
+        out,
+        plots,
+        SLO.parse(slo) if slo is not None else None,
+        drop_first,
+        tuple(portable_command(sys.argv[1:])),
+        timeline,
+    )
+    config = eng.engine_config(
+        model=model,
+        load_format=load_format,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        gpu_threads=gpu_threads,
+        cpu_threads=cpu_threads,
+        cpu_cores=cpu_cores,
+        backend=backend,
+        ahead=ahead,
+        hardware=hardware,
+        cost=cost,
+        cost_opt=cost_opt,
+        kv_gpu_blocks=kv_gpu_blocks,
+        kv_cpu_blocks=kv_cpu_blocks,
+        kv_gpu_bytes=kv_gpu_bytes,
+        kv_cpu_bytes=kv_cpu_bytes,
+        limits=Limits(block_size=block_size, max_seqs=max_seqs, max_batch_tokens=max_batch_tokens),
+        seed=seed,
+    )
+    from neo.runtime.replay import ReplayOptions
+
+    replayed = ReplayOptions(temperature, timeout)
+    parts = _load(config, workload)
+    systems = [parts.system(policy=n, policy_options=options[n]) for n in names]
+    how = Measured(
+        parts, _prompts(token_ids, trace, workload, parts, seed), token_ids, replayed, warmup, timeline
+    )
+    run_all([MeasuredRun(s, workload, seed, how) for s in systems], output, quiet, as_json)
+
+
+def _load(config: EngineConfig, workload: Workload) -> EngineParts:
+    """The model. Random weights take positions of any number: as many as the longest request has."""
+    from neo.runtime.setup import EngineParts
+
+    parts = EngineParts(config)
+    longest = max(r.prompt_tokens + r.output_tokens for r in workload.requests)
+    if config.max_model_len is None and config.load_format == "dummy" and longest > parts.max_model_len:
+        parts.config = replace(config, max_model_len=longest)
+    return parts
+
+
+def _prompts(
+    token_ids: TokenIds, trace: Path | None, workload: Workload, parts: EngineParts, seed: int
+) -> Prompts:
+    from neo.runtime.prompts import random_prompts, read_prompts
+
+    vocab = parts.spec.vocab
+    if token_ids is TokenIds.trace and trace is not None:
+        return read_prompts(trace, workload, vocab)
+    return random_prompts(workload, vocab, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the runs of one ``neo bench`` share."""
+
+    parts: EngineParts
+    prompts: Prompts
+    token_ids: TokenIds
+    options: ReplayOptions
+    warmup: bool
+    timeline: int
+
+
+class MeasuredRun(Run["Replay"]):
+    """A run on a fresh engine."""
+
+    def __init__(self, system: System, workload: Workload, seed: int, how: Measured) -> None:
+        super().__init__(system, workload, seed)
+        self.how = how
+
+    def prepare(self, stack: ExitStack, log: OpenLog, progress: Progress | None) -> Replay:
+        """Warm up; make the engine, whose KV memory is reserved here."""
+        from neo.runtime.replay import Replay, warm_up
+
+        how = self.how
+        if how.warmup:
+            warm_up(how.parts, self.system)
+        engine = how.parts.engine(self.system, slices_of=how.timeline)
+        stack.callback(engine.close)
+        if note := _note(engine):
+            print(f"note: {note}", file=sys.stderr)
+        header = {
+            **self.system.describe(),
+            "engine": engine.executor.describe(),
+            "max_model_len": engine.options.max_model_len,
+            "zero": 0,
+        }
+        replay = Replay(engine, self.workload, how.prompts, how.options, log(header), progress)
+        stack.callback(replay.close)
+        return replay
+
+    def about(self, driver: Replay) -> dict[str, Any]:
+        """Measured, on which engine, and what to know of it."""
+        how, engine = self.how, driver.engine
+        return {
+            "kind": "measured",
+            "engine": {
+                **engine.executor.describe(),
+                "load_format": how.parts.config.load_format,
+                "max_model_len": engine.options.max_model_len,
+                "ahead": engine.options.ahead,
+                "warmup": how.warmup,
+                "token_ids": how.token_ids.value,
+                "temperature": how.options.temperature,
+            },
+            "warnings": self._warnings(driver),
+        }
+
+    def _warnings(self, driver: Replay) -> list[str]:
+        from neo.runtime.setup import THIS_MACHINE
+
+        config = self.how.parts.config
+        found = [str(w) for w in self.system.cost.describe().get("warnings", ())]
+        if note := _note(driver.engine):
+            found.append(note)
+        if config.hardware == THIS_MACHINE and config.cost_model == "roofline":
+            found.append(
+                "policies planned with rough rates of this machine, measured in a moment; "
+                "'neo profile' makes a table for --cost profiled:TABLE.json"
+            )
+        if driver.too_long:
+            found.append(
+                f"{driver.too_long} requests rejected: longer than --max-model-len "
+                f"{driver.engine.options.max_model_len}"
+            )
+        return found
+
+
+def _note(engine: Engine) -> str:
+    """What the engine's backend has to say of itself, if anything."""
+    return str(getattr(getattr(engine.executor, "backend", None), "note", ""))

@@ -1,0 +1,74 @@
+"""What ``neo profile`` measures: sizes of operations within a system's budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neo.core.view import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Sizes to measure; each axis ascends, and has two values even where budgets allow one.
+
+    Attributes:
+        tokens: rows of dense work, and lengths of prefill chunks.
+        starts: prefixes of prefill chunks.
+        rows: that HEAD samples.
+        gpu_sequences: of decode attention on the GPU.
+        gpu_kv: KV tokens that it reads, over all sequences.
+        cpu_sequences: of decode attention on the CPU.
+        cpu_kv: likewise.
+        moved, spilled, streamed: tokens whose KV is swapped, whose new KV goes to the host, and of a prefix
+            that is streamed to a chunk; as many values as budgets allow.
+    """
+
+    tokens: tuple[int, ...]
+    starts: tuple[int, ...]
+    rows: tuple[int, ...]
+    gpu_sequences: tuple[int, ...]
+    gpu_kv: tuple[int, ...]
+    cpu_sequences: tuple[int, ...]
+    cpu_kv: tuple[int, ...]
+    moved: tuple[int, ...]
+    spilled: tuple[int, ...]
+    streamed: tuple[int, ...]
+
+    @classmethod
+    def for_budget(cls, limits: Limits, gpu: int, cpu: int, quick: bool = False) -> Grid:
+        """Powers of 2 (dense work, which is not linear), 4 and 8 up to what a step of these budgets can have.
+
+        ``gpu`` and ``cpu`` are the tokens that each tier holds, in whole blocks, at least two on the GPU. KV
+        on its way to the host has as much room as the GPU's tier. ``quick`` takes powers of 4 for dense
+        work too.
+        """
+        size = limits.block_size
+        fine = 4 if quick else 2
+        both = min(gpu, cpu)
+        return cls(
+            powers(1, min(limits.max_batch_tokens, gpu), fine),
+            (0, *within(min(4 * size, gpu - 1), gpu - 1, 8)),
+            powers(1, min(limits.max_seqs, gpu // size), fine),
+            powers(1, min(limits.max_seqs, gpu // size), 4),
+            powers(1, gpu, 4),
+            powers(1, max(1, min(limits.max_seqs, cpu // size)), 4),
+            powers(1, cpu, 4),
+            within(size, min(gpu - size, cpu), 8),  # beside a decode that has a block
+            within(1, min(both, limits.max_batch_tokens), 8),
+            within(min(size, both - 1), both - 1, 8),
+        )
+
+
+def powers(first: int, last: int, ratio: int) -> tuple[int, ...]:
+    """``first``, times ``ratio`` again and again, and ``last``; at least two values."""
+    found = [first]
+    while found[-1] * ratio < last:
+        found.append(found[-1] * ratio)
+    if last > found[-1]:
+        found.append(last)
+    return tuple(found) if len(found) > 1 else (first, first + 1)
+
+
+def within(first: int, last: int, ratio: int) -> tuple[int, ...]:
+    """The same, but nothing beyond ``last``, so perhaps one value or none."""
+    return tuple([n for n in powers(first, last, ratio) if n <= last]) if 0 < first <= last else ()
