@@ -114,6 +114,9 @@ def test_errors_of_http_itself_have_the_same_shape(server: Served) -> None:
 def test_health_and_version(server: Served) -> None:
     assert server.http.get("/health").json() == {"status": "ok"}
     assert server.http.get("/version").json()["version"]
+    for path in ("/health", "/metrics", "/version"):
+        probe = server.http.head(path)
+        assert (probe.status_code, probe.content) == (200, b"")
     described = server.http.get("/openapi.json").json()
     assert "/v1/chat/completions" in described["paths"]
 
