@@ -2,8 +2,9 @@
 
 Steps of chosen shapes run through the executor as an engine would run them; their operations' times fill the
 tables of ``neo-cost-table/1`` (docs/cost-models.md). All shapes are gone through several times, so that a
-machine whose speed drifts biases no part of the table against another. SCHEDULE, the host's own time, comes
-from a short run of a whole engine.
+machine whose speed drifts biases no part of the table against another, each time in another order: like a
+step of an engine, one that is measured finds the caches as a different one left them. SCHEDULE, the host's
+own time, comes from a short run of a whole engine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -33,8 +35,7 @@ from neo.system.config import System
 Progress = Callable[[str, float], None]
 """Told what is being measured, and the share that is done."""
 
-_ROUNDS, _QUICK_ROUNDS = 4, 2
-_REPEATS = 2  # measured runs of a shape in a round
+_ROUNDS, _QUICK_ROUNDS = 8, 4  # behind one that is not counted
 _SCHEDULE_PROMPT, _SCHEDULE_OUTPUT = 24, 32  # tokens of the requests that SCHEDULE is measured with
 _SCHEDULE_SEQS = 64
 
@@ -121,7 +122,9 @@ class Profiler:
                 f"{system.config.policy} has {pools[Tier.GPU].blocks} for requests: give more --kv-gpu-blocks"
             )
         self.on_cpu = self.room[Tier.CPU] > 0
-        self.grid = Grid.for_budget(self.limits, self.room[Tier.GPU], self.room[Tier.CPU], quick)
+        self.grid = Grid.for_budget(
+            self.limits, self.room[Tier.GPU], self.room[Tier.CPU], system.gpu_blocks * size, quick
+        )
         self.rounds = _QUICK_ROUNDS if quick else _ROUNDS
         self.samples = _Samples()
 
@@ -129,14 +132,8 @@ class Profiler:
         """Measure everything; the content of a cost-table file (JSON-serialisable)."""
         engine = self.parts.engine(self.system)
         try:
-            bench = Bench(
-                engine.executor, self.parts.spec, self.limits.block_size, self.staging_layers, _REPEATS
-            )
-            steps = list(self._shapes(bench))
-            for i in range(self.rounds):
-                for k, (what, measure) in enumerate(steps):
-                    self.progress(what, 0.9 * (i + k / len(steps)) / self.rounds)
-                    measure()
+            bench = Bench(engine.executor, self.parts.spec, self.limits.block_size, self.staging_layers)
+            self._measure(list(self._shapes(bench)))
             described = engine.executor.describe()
         finally:
             engine.close()
@@ -152,6 +149,16 @@ class Profiler:
         }
 
     # -- measuring ----------------------------------------------------------------------------------------
+
+    def _measure(self, steps: list[tuple[str, Callable[[], None]]]) -> None:
+        random = Random(0)
+        for i in range(1 + self.rounds):
+            for k, (what, measure) in enumerate(steps):
+                self.progress(what, 0.9 * (i + k / len(steps)) / (1 + self.rounds))
+                measure()
+            if i == 0:
+                self.samples = _Samples()  # first runs take longer
+            random.shuffle(steps)
 
     def _shapes(self, bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
         """What to run in each round."""
@@ -309,7 +316,7 @@ class Profiler:
             },
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "command": command,
-            "repeats": self.rounds * _REPEATS,
+            "repeats": self.rounds,
             "spread": self.samples.spread(),
         }
 

@@ -35,12 +35,14 @@ class Grid:
     streamed: tuple[int, ...]
 
     @classmethod
-    def for_budget(cls, limits: Limits, gpu: int, cpu: int, quick: bool = False) -> Grid:
+    def for_budget(
+        cls, limits: Limits, gpu: int, cpu: int, whole_gpu: int | None = None, quick: bool = False
+    ) -> Grid:
         """Powers of 2 (dense work, which is not linear), 4 and 8 up to what a step of these budgets can have.
 
         ``gpu`` and ``cpu`` are the tokens that each tier holds, in whole blocks, at least two on the GPU. KV
-        on its way to the host has as much room as the GPU's tier. ``quick`` takes powers of 4 for dense
-        work too.
+        on its way to the host has as much room as the GPU's tier. ``whole_gpu`` is what the GPU holds for
+        policies that set no staging buffers aside. ``quick`` takes powers of 4 for dense work too.
         """
         size = limits.block_size
         fine = 4 if quick else 2
@@ -50,7 +52,7 @@ class Grid:
             (0, *within(min(4 * size, gpu - 1), gpu - 1, 8)),
             powers(1, min(limits.max_seqs, gpu // size), fine),
             powers(1, min(limits.max_seqs, gpu // size), 4),
-            powers(1, gpu, 4),
+            powers(1, whole_gpu or gpu, 4),
             powers(1, max(1, min(limits.max_seqs, cpu // size)), 4),
             powers(1, cpu, 4),
             within(size, min(gpu - size, cpu), 8),  # beside a decode that has a block
