@@ -24,6 +24,7 @@ from neo import __version__
 from neo.core.errors import InputError
 from neo.core.pipeline import recv_bytes, send_bytes
 from neo.core.request import Tier
+from neo.cost.interpolation import isotonic
 from neo.cost.table_schema import FORMAT, SHAPE_FIELDS
 from neo.runtime.engine import Engine
 from neo.runtime.measure import Bench, Measured
@@ -41,10 +42,15 @@ _SCHEDULE_SEQS = 64
 
 
 class _Samples:
-    """Seconds by table and coordinates."""
+    """Seconds by table and coordinates.
+
+    More work never takes less time in a table: where medians say so they are raised, and ``raised`` is the
+    largest share by which.
+    """
 
     def __init__(self) -> None:
         self._found: dict[str, dict[tuple[int, ...], list[float]]] = {}
+        self.raised = 0.0
 
     def add(self, table: str, at: tuple[int, ...], seconds: float) -> None:
         self._found.setdefault(table, {}).setdefault(at, []).append(seconds)
@@ -63,7 +69,14 @@ class _Samples:
         seconds = [self.at(table, (n,)) for n in sizes]
         if len(sizes) == 1:  # budgets leave no choice, and the format wants two: nothing takes no time
             sizes, seconds = [0, *sizes], [0.0, *seconds]
-        return {"axes": {axis: sizes}, "seconds": seconds}
+        return {"axes": {axis: sizes}, "seconds": self._ascending(seconds)}
+
+    def _ascending(self, seconds: Any) -> Any:
+        measured = np.asarray(seconds, dtype=np.float64)
+        fixed, _ = isotonic(measured, "")
+        shares = np.divide(fixed - measured, fixed, out=np.zeros_like(fixed), where=fixed > 0)
+        self.raised = max(self.raised, float(shares.max()))
+        return fixed.tolist()
 
     def surface(self, table: str, axes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """A two-axis table; what does not fit in memory is continued with the differences of its neighbours.
@@ -81,7 +94,8 @@ class _Samples:
                     up, left, corner = rows[-1][j], row[-1], rows[-1][j - 1]
                     row.append(max(up, left, up + left - corner))
             rows.append(row)
-        return {"axes": {name: list(values) for name, values in axes.items()}, "seconds": rows}
+        lists = {name: list(values) for name, values in axes.items()}
+        return {"axes": lists, "seconds": self._ascending(rows)}
 
     def spread(self) -> float:
         """Median over everything measured of (third quartile - first) / median."""
@@ -138,13 +152,14 @@ class Profiler:
         finally:
             engine.close()
         model = self.parts.spec
+        tables = {**self._tables(), "schedule": self._schedule()}
         return {
             "format": FORMAT,
             "provenance": self._provenance(described, command),
             "model": {name: getattr(model, name) for name in ("name", *SHAPE_FIELDS)},
             "tp": 1,
             "dtype": described["dtype"],
-            "tables": {**self._tables(), "schedule": self._schedule()},
+            "tables": tables,
             "contention": self._contention(),
         }
 
@@ -318,6 +333,7 @@ class Profiler:
             "command": command,
             "repeats": self.rounds,
             "spread": self.samples.spread(),
+            "raised": self.samples.raised,
         }
 
 
