@@ -52,9 +52,7 @@ def _rows(tensor: Tensor, name: str, axes: int) -> None:
 
 def _ints(tensor: Tensor, name: str, count: int) -> int:
     if tensor.dtype != torch.int32 or tensor.numel() < count or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} must be {count} contiguous int32, is {tuple(tensor.shape)} {tensor.dtype}"
-        )
+        raise ValueError(f"{name} must be {count} contiguous int32, is {tuple(tensor.shape)} {tensor.dtype}")
     return tensor.data_ptr()
 
 
@@ -177,7 +175,9 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> Launch:
     """``out [rows, width] = silu(gate_up[:, :width]) * gate_up[:, width:]``; contiguous."""
     rows, width = out.shape
     if gate_up.shape != (rows, 2 * width) or gate_up.dtype != out.dtype:
-        raise ValueError(f"gate_up is {tuple(gate_up.shape)} {gate_up.dtype}, out {tuple(out.shape)} {out.dtype}")
+        raise ValueError(
+            f"gate_up is {tuple(gate_up.shape)} {gate_up.dtype}, out {tuple(out.shape)} {out.dtype}"
+        )
     if not (gate_up.is_contiguous() and out.is_contiguous()):
         raise ValueError("gate_up and out must be contiguous")
     args = c.Silu(
@@ -220,17 +220,29 @@ def qkv_rope_append(
     rows, heads, dim = q.shape
     kv_heads = cache.kv_heads
     kind = qkv.dtype
-    if qkv.shape != (rows, (heads + 2 * kv_heads) * dim) or dim != cache.head_dim or CODE[kind] != cache.dtype:
+    if (
+        qkv.shape != (rows, (heads + 2 * kv_heads) * dim)
+        or dim != cache.head_dim
+        or CODE[kind] != cache.dtype
+    ):
         raise ValueError(f"qkv is {tuple(qkv.shape)} {kind}, does not fit q {tuple(q.shape)} and the cache")
     strides = {t.stride(0) for t in (k, v) if t is not None}
-    for name, tensor, shape in (("q", q, (rows, heads, dim)), ("k", k, (rows, kv_heads, dim)), ("v", v, (rows, kv_heads, dim))):
+    for name, tensor, shape in (
+        ("q", q, (rows, heads, dim)),
+        ("k", k, (rows, kv_heads, dim)),
+        ("v", v, (rows, kv_heads, dim)),
+    ):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != kind or tensor.stride(1) != dim):
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, must be {shape} {kind}, heads side by side")
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, must be {shape} {kind}, heads side by side"
+            )
     if len(strides) > 1:
         raise ValueError(f"rows of k and v must be equally far apart, strides are {sorted(strides)}")
     for name, tensor in (("cos", cos), ("sin", sin)):
         if tensor.numel() != rows * dim or tensor.dtype != kind or not tensor.is_contiguous():
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, must be contiguous ({rows}, {dim}) {kind}")
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, must be contiguous ({rows}, {dim}) {kind}"
+            )
     address, table_stride = (None, 0) if tables is None else _table(tables)
     args = c.Qkv(
         cache=ctypes.pointer(cache),
@@ -334,7 +346,13 @@ class Channel:
 
 
 def post_rows(
-    channel: Channel, q: Tensor, k: Tensor, v: Tensor, packed: Tensor, rows_at: Tensor | None = None, ctas: int = 0
+    channel: Channel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Tensor,
+    rows_at: Tensor | None = None,
+    ctas: int = 0,
 ) -> Launch:
     """Rows [q | k | v] to pinned `packed` [>= rows, >= width], then the request's number; see neo_cuda.h.
 
@@ -343,7 +361,9 @@ def post_rows(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _rows(tensor, name, 3)
         if tensor.stride(1) != tensor.shape[2] or tensor.dtype != q.dtype or len(tensor) != len(q):
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, strides {tensor.stride()}: heads must lie side by side, and agree with q")
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, strides {tensor.stride()}: heads must lie side by side, and agree with q"
+            )
     _rows(packed, "packed", 2)
     by = q.element_size()
     args = c.Post(
@@ -363,18 +383,27 @@ def post_rows(
         ctas=ctas,
     )
     if packed.dtype != q.dtype or len(packed) < len(q):
-        raise ValueError(f"packed is {tuple(packed.shape)} {packed.dtype}, too small or of another type than q")
+        raise ValueError(
+            f"packed is {tuple(packed.shape)} {packed.dtype}, too small or of another type than q"
+        )
     return Launch("neo_cuda_post_rows", args, (channel, q, k, v, packed, rows_at))
 
 
 def await_rows(
-    channel: Channel, packed: Tensor, out: Tensor, timeout_s: float, rows_at: Tensor | None = None, ctas: int = 0
+    channel: Channel,
+    packed: Tensor,
+    out: Tensor,
+    timeout_s: float,
+    rows_at: Tensor | None = None,
+    ctas: int = 0,
 ) -> Launch:
     """Wait for the answer to the last post, then rows of pinned `packed` to `out`, both [rows, width]."""
     _rows(packed, "packed", 2)
     _rows(out, "out", 2)
     if packed.dtype != out.dtype or len(packed) < len(out) or packed.shape[1] < out.shape[1]:
-        raise ValueError(f"packed is {tuple(packed.shape)} {packed.dtype}, out {tuple(out.shape)} {out.dtype}")
+        raise ValueError(
+            f"packed is {tuple(packed.shape)} {packed.dtype}, out {tuple(out.shape)} {out.dtype}"
+        )
     by = out.element_size()
     args = c.Await(
         channel=ctypes.pointer(channel.struct),
