@@ -12,9 +12,11 @@ class Grid:
     """Sizes to measure; each axis ascends, and has two values even where budgets allow one.
 
     Attributes:
-        tokens: rows of dense work, and lengths of prefill chunks.
+        tokens: lengths of prefill chunks, all of them rows of dense work.
+        beyond: more rows of dense work than the GPU's memory has tokens: what is bound for the host, and
+            decodes there, beside a chunk.
         starts: prefixes of prefill chunks.
-        rows: that HEAD samples.
+        rows: that HEAD samples, of decodes on both tiers.
         gpu_sequences: of decode attention on the GPU.
         gpu_kv: KV tokens that it reads, over all sequences.
         cpu_sequences: of decode attention on the CPU.
@@ -24,6 +26,7 @@ class Grid:
     """
 
     tokens: tuple[int, ...]
+    beyond: tuple[int, ...]
     starts: tuple[int, ...]
     rows: tuple[int, ...]
     gpu_sequences: tuple[int, ...]
@@ -45,10 +48,13 @@ class Grid:
         size = limits.block_size
         fine = 4 if quick else 2
         both = min(gpu, cpu)
+        tokens = powers(1, min(limits.max_batch_tokens, gpu), fine)
+        most = min(limits.max_batch_tokens, gpu + both + host_decodes(limits, both, cpu))
         return cls(
-            powers(1, min(limits.max_batch_tokens, gpu), fine),
+            tokens,
+            powers(tokens[-1], most, fine)[1:] if most > tokens[-1] else (),
             (0, *within(min(4 * size, gpu - 1), gpu - 1, 8)),
-            powers(1, min(limits.max_seqs, gpu // size), fine),
+            powers(1, min(limits.max_seqs, gpu // size + cpu // size), fine),
             powers(1, min(limits.max_seqs, gpu // size), 4),
             powers(1, gpu, 4),
             powers(1, max(1, min(limits.max_seqs, cpu // size)), 4),
@@ -57,6 +63,12 @@ class Grid:
             within(1, min(both, limits.max_batch_tokens), 8),
             within(min(size, both - 1), both - 1, 8),
         )
+
+
+def host_decodes(limits: Limits, spilled: int, cpu: int) -> int:
+    """Most decodes on the host beside a chunk on the GPU and one of ``spilled`` tokens bound for the host."""
+    blocks = cpu // limits.block_size - -(-spilled // limits.block_size)
+    return max(0, min(limits.max_seqs - 2, blocks))
 
 
 def powers(first: int, last: int, ratio: int) -> tuple[int, ...]:
