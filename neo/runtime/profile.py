@@ -26,7 +26,7 @@ from neo.core.request import Tier
 from neo.cost.table_schema import FORMAT, SHAPE_FIELDS
 from neo.runtime.engine import Engine
 from neo.runtime.measure import Bench, Measured
-from neo.runtime.profile_grid import Grid
+from neo.runtime.profile_grid import Grid, corner, to_corners
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.setup import EngineParts
 from neo.system.config import System
@@ -112,7 +112,7 @@ class Profiler:
         self.system = system
         self.limits = system.config.limits
         self.progress = progress or (lambda _what, _share: None)
-        # A policy without staging buffers leaves requests the whole budget: the table is then for every policy.
+        # A policy without staging buffers leaves requests the whole budget: a table for every policy.
         self.whole = replace(system, config=replace(system.config, policy="gpu-only", policy_options={}))
         self.room = _room(self.whole)
         size = self.limits.block_size
@@ -263,14 +263,14 @@ class Profiler:
         }
         if self.on_cpu:
             axes = {"sequences": grid.cpu_sequences, "kv_tokens": grid.cpu_kv}
-            tables["cpu_attn"] = samples.surface("cpu_attn", axes)
+            tables["cpu_attn"] = to_corners(samples.surface("cpu_attn", axes))
             tables["swap_out"] = samples.curve("swap_out", "bytes")
             tables["swap_in"] = samples.curve("swap_in", "bytes")
             streamed = samples.sizes("stream")
             tables["stream"] = samples.curve("stream", "bytes") if streamed else tables["swap_in"]
             for name, most in (("send", send_bytes), ("recv", recv_bytes)):
                 # Nothing is moved: both sides of this executor see the same memory.
-                size = max(2, most(self.limits.max_seqs, self.parts.spec))
+                size = max(2, most(corner(self.limits.max_seqs), self.parts.spec))
                 tables[name] = {"axes": {"bytes": [1, size]}, "seconds": [0.0, 0.0]}
         return tables
 

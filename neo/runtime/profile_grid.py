@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from neo.core.view import Limits
 
@@ -61,7 +64,7 @@ class Grid:
             powers(1, cpu, 4),
             within(size, min(gpu - size, cpu), 8),  # beside a decode that has a block
             within(1, min(both, limits.max_batch_tokens), 8),
-            within(min(size, both - 1), both - 1, 8),
+            within(1, both - 1, 8),
         )
 
 
@@ -84,3 +87,28 @@ def powers(first: int, last: int, ratio: int) -> tuple[int, ...]:
 def within(first: int, last: int, ratio: int) -> tuple[int, ...]:
     """The same, but nothing beyond ``last``, so perhaps one value or none."""
     return tuple([n for n in powers(first, last, ratio) if n <= last]) if 0 < first <= last else ()
+
+
+def corner(last: int) -> int:
+    """The power of 2 above ``last``."""
+    return 1 << last.bit_length()
+
+
+def to_corners(entry: dict[str, Any]) -> dict[str, Any]:
+    """A two-axis table out to the corners at which ``neo`` asks for it: no KV tokens, and powers of 2.
+
+    The policy interpolates between powers of 2 (as the paper's does), so that it looks beyond the largest
+    step that there can be. There the table goes on with its last slope, as every look-up would, but silently.
+    """
+    first, second = entry["axes"]
+    seconds = np.array(entry["seconds"])
+    axes = {}
+    for axis, name in enumerate((first, second)):
+        sizes = list(entry["axes"][name])
+        seconds = np.moveaxis(seconds, axis, 0)
+        slope = np.maximum(0.0, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
+        far = corner(sizes[-1])
+        seconds = np.moveaxis(np.concatenate([seconds, [seconds[-1] + slope * (far - sizes[-1])]]), 0, axis)
+        axes[name] = [*sizes, far]
+    seconds = np.concatenate([seconds[:, :1], seconds], axis=1)
+    return {"axes": axes | {second: [0, *axes[second]]}, "seconds": seconds.tolist()}

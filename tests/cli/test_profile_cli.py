@@ -31,7 +31,7 @@ mlp_matrices = 3
 tied_embeddings = true
 dtype_bytes = 4
 """
-SMALL = ["--kv-gpu-blocks", "8", "--kv-cpu-blocks", "12", "--max-seqs", "8", "--max-batch-tokens", "32"]
+SMALL = ["--kv-gpu-blocks", "8", "--kv-cpu-blocks", "80", "--max-seqs", "8", "--max-batch-tokens", "32"]
 
 Neo = Callable[..., tuple[int, str, str]]
 
@@ -80,7 +80,9 @@ def test_the_table_serves_simulate_bench_and_validate(
     common = ["--model", model, *SMALL, *table, *load, "-p", "neo", "--quiet", "--no-plots"]
     for command, run in (("simulate", "simulated"), ("bench", "measured")):
         code, _, errors = neo(command, *common, "--out", tmp_path / run)
-        assert (code, errors) == (0, "")
+        assert code == 0, errors
+        assert "extrapolated" not in errors
+        assert all(line.startswith("warning: table '") for line in errors.splitlines())  # a busy machine
         assert read_summary(tmp_path / run)["kind"] == run
     code, shown, errors = neo("validate", tmp_path / "measured")
     assert code == 0, shown + errors

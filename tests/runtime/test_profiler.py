@@ -24,13 +24,13 @@ from neo.cost.loading import load_cost_model
 from neo.cost.profiled import Profiled
 from neo.cost.table_schema import AXES, check_table
 from neo.runtime.profile import Profiler, _Samples
-from neo.runtime.profile_grid import Grid, powers, within
+from neo.runtime.profile_grid import Grid, corner, powers, to_corners, within
 from neo.runtime.setup import EngineConfig, EngineParts
 
 LIMITS = Limits(block_size=16, max_seqs=24, max_batch_tokens=96)
 BUDGETS = {
-    "roomy": {"kv_gpu_blocks": 16, "kv_cpu_blocks": 60},
-    "steps larger than the GPU's memory": {"kv_gpu_blocks": 6, "kv_cpu_blocks": 60},
+    "roomy": {"kv_gpu_blocks": 16, "kv_cpu_blocks": 80},
+    "steps larger than the GPU's memory": {"kv_gpu_blocks": 6, "kv_cpu_blocks": 80},
 }
 BUDGET = BUDGETS["roomy"]
 Document = dict[str, Any]
@@ -187,6 +187,18 @@ def test_powers() -> None:
     assert within(16, 100, 8) == (16, 100)
     assert within(16, 16, 8) == (16,)
     assert within(16, 15, 8) == within(0, 9, 8) == ()
+
+
+def test_tables_go_on_to_the_corners_of_a_policys_cells() -> None:
+    """As a look-up beyond the table would: with the last slope, never downwards."""
+    entry = {
+        "axes": {"sequences": [1, 3], "kv_tokens": [1, 4]},
+        "seconds": [[1.0, 4.0], [2.0, 1.5]],
+    }
+    found = to_corners(entry)
+    assert found["axes"] == {"sequences": [1, 3, 4], "kv_tokens": [0, 1, 4, 8]}
+    assert found["seconds"] == [[1.0, 1.0, 4.0, 8.0], [2.0, 2.0, 1.5, 1.5], [2.5, 2.5, 1.5, 1.5]]
+    assert [corner(n) for n in (1, 3, 4, 255, 256)] == [2, 4, 8, 256, 512]
 
 
 # -- samples ------------------------------------------------------------------------------------------------
