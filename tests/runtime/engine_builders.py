@@ -26,6 +26,7 @@ from neo.runtime.weights import RandomWeights, load_weights
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 VOCAB = 96
+SPIN_US = 0  # tests share few cores with others: who waits sleeps
 
 TINY_TOML = """
 name = "tiny"
@@ -93,7 +94,7 @@ def make_engine(
         backend(kind, 1),
         tables,
         (pools[Tier.GPU].staging_layers, pools[Tier.GPU].staging_blocks),
-        CpuExecutorOptions(threads),
+        CpuExecutorOptions(threads, spin_us=SPIN_US),
         slices_of,
     )
     most = {"max_model_len": model.config.max_positions, **options}

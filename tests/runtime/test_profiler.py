@@ -57,6 +57,13 @@ def document(parts: EngineParts, told: list[tuple[str, float]]) -> Document:
     return Profiler(parts, system, quick=True, progress=lambda *a: told.append(a)).document("neo profile -x")
 
 
+@pytest.fixture(scope="module")
+def small(parts: EngineParts) -> Document:
+    """Of the other budget."""
+    (name,) = set(BUDGETS) - {"roomy"}
+    return Profiler(parts, parts.system(**BUDGETS[name]), quick=True).document("c")
+
+
 @pytest.fixture
 def table(document: Document, tmp_path: Path) -> str:
     path = tmp_path / "cost.json"
@@ -119,11 +126,10 @@ def test_progress_goes_forward(document: Document, told: list[tuple[str, float]]
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("policy", ["gpu-only", "neo", "fastdecode"])
 def test_a_run_within_the_profiled_budgets_is_priced_without_extrapolation(
-    parts: EngineParts, table: str, policy: str, budget: str
+    parts: EngineParts, table: str, small: Document, policy: str, budget: str
 ) -> None:
     """Both what the policy asks for and what then ran, in memory that is full most of the time."""
     if budget != "roomy":
-        small = Profiler(parts, parts.system(**BUDGETS[budget]), quick=True).document("c")
         Path(table.partition(":")[2]).write_text(json.dumps(small))
     system = parts.system(policy=policy, cost_model=table, **BUDGETS[budget])
     engine = parts.engine(system)
