@@ -177,9 +177,9 @@ def snapshot(scheduler: Scheduler) -> Any:
         view_state(view),
         [r.id for r in scheduler.ended],
         scheduler._in_flight,
-        list(scheduler._source_blocks),
+        list(scheduler._books.source_blocks),
         dict(scheduler._aborting),
-        scheduler._admitted,
+        scheduler._books.admitted,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from random import Random
@@ -28,7 +29,7 @@ from neo.cost.interpolation import isotonic
 from neo.cost.table_schema import FORMAT, SHAPE_FIELDS
 from neo.runtime.engine import Engine
 from neo.runtime.measure import Bench, Measured
-from neo.runtime.profile_grid import Grid
+from neo.runtime.profile_grid import Grid, corner, to_corners
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.setup import EngineParts
 from neo.system.config import System
@@ -126,27 +127,25 @@ class Profiler:
         self.system = system
         self.limits = system.config.limits
         self.progress = progress or (lambda _what, _share: None)
-        pools = system.scheduler().view.pools
-        self.staging_layers = pools[Tier.GPU].staging_layers
-        self.room = {tier: pools[tier].tokens for tier in Tier}
+        # A policy without staging buffers leaves requests the whole budget: a table for every policy.
+        self.whole = replace(system, config=replace(system.config, policy="gpu-only", policy_options={}))
+        self.room = _room(self.whole)
         size = self.limits.block_size
         if self.room[Tier.GPU] < 2 * max(size, 2):
             raise InputError(
-                f"neo profile needs at least 2 GPU KV blocks of {size} tokens, policy "
-                f"{system.config.policy} has {pools[Tier.GPU].blocks} for requests: give more --kv-gpu-blocks"
+                f"neo profile needs at least 2 GPU KV blocks of {size} tokens, not {system.gpu_blocks}: "
+                "give more --kv-gpu-blocks"
             )
         self.on_cpu = self.room[Tier.CPU] > 0
-        self.grid = Grid.for_budget(
-            self.limits, self.room[Tier.GPU], self.room[Tier.CPU], system.gpu_blocks * size, quick
-        )
+        self.grid = Grid.for_budget(self.limits, self.room[Tier.GPU], self.room[Tier.CPU], quick)
         self.rounds = _QUICK_ROUNDS if quick else _ROUNDS
         self.samples = _Samples()
 
     def document(self, command: str) -> dict[str, Any]:
         """Measure everything; the content of a cost-table file (JSON-serialisable)."""
-        engine = self.parts.engine(self.system)
+        engine = self.parts.engine(self.whole)
         try:
-            bench = Bench(engine.executor, self.parts.spec, self.limits.block_size, self.staging_layers)
+            bench = Bench(engine.executor, self.parts.spec, self.limits.block_size)
             self._measure(list(self._shapes(bench)))
             described = engine.executor.describe()
         finally:
@@ -182,6 +181,8 @@ class Profiler:
             for start in grid.starts:
                 if start + n <= max(self.room[Tier.GPU], grid.tokens[-1]):
                     yield "prefill", partial(self._chunk, bench, n, start)
+        for n in grid.beyond:
+            yield "dense work of both tiers", partial(self._beyond, bench, n)
         for n in grid.rows:
             yield "sampling", partial(self._rows, bench, n)
         for n in grid.gpu_sequences:
@@ -200,8 +201,22 @@ class Profiler:
             yield "streams", partial(self._stream, bench, n)
 
     def _rows(self, bench: Bench, n: int) -> None:
-        n = min(n, self.room[Tier.GPU] // self.limits.block_size)
-        self._dense(bench.decode([1] * n, Tier.GPU), n, n)
+        """Decodes that yield ``n`` tokens: on the GPU as many as its blocks allow, the others on the host."""
+        size = self.limits.block_size
+        on_gpu = min(n, self.room[Tier.GPU] // size)
+        on_cpu = min(
+            n - on_gpu, self.room[Tier.CPU] // size
+        )  # fewer only where the axis has a value too many
+        found = bench.mixed({}, {Tier.GPU: on_gpu, Tier.CPU: on_cpu})
+        self._dense(found, on_gpu + on_cpu, on_gpu + on_cpu)
+
+    def _beyond(self, bench: Bench, n: int) -> None:
+        """Rows whose KV the GPU cannot hold: a chunk that fills it, the others bound for or on the host."""
+        on_gpu = min(n, self.room[Tier.GPU])
+        bound = min(n - on_gpu, *self.room.values())
+        decodes = n - on_gpu - bound
+        found = bench.mixed({Tier.GPU: on_gpu, Tier.CPU: bound}, {Tier.CPU: decodes})
+        self._dense(found, n, (on_gpu > 0) + (bound > 0) + decodes)
 
     def _dense(self, found: Measured, tokens: int, rows: int) -> None:
         for table, name, size in (
@@ -270,14 +285,14 @@ class Profiler:
         }
         if self.on_cpu:
             axes = {"sequences": grid.cpu_sequences, "kv_tokens": grid.cpu_kv}
-            tables["cpu_attn"] = samples.surface("cpu_attn", axes)
+            tables["cpu_attn"] = to_corners(samples.surface("cpu_attn", axes))
             tables["swap_out"] = samples.curve("swap_out", "bytes")
             tables["swap_in"] = samples.curve("swap_in", "bytes")
             streamed = samples.sizes("stream")
             tables["stream"] = samples.curve("stream", "bytes") if streamed else tables["swap_in"]
             for name, most in (("send", send_bytes), ("recv", recv_bytes)):
                 # Nothing is moved: both sides of this executor see the same memory.
-                size = max(2, most(self.limits.max_seqs, self.parts.spec))
+                size = max(2, most(corner(self.limits.max_seqs), self.parts.spec))
                 tables[name] = {"axes": {"bytes": [1, size]}, "seconds": [0.0, 0.0]}
         return tables
 
@@ -287,7 +302,7 @@ class Profiler:
         """SCHEDULE by requests in the step: a line through the medians of a short engine run."""
         self.progress("scheduling", 0.9)
         most = max(2, min(_SCHEDULE_SEQS, self.limits.max_seqs))
-        room = min([n for n in (*self.room.values(), self.parts.max_model_len) if n])
+        room = min([n for n in (*_room(self.system).values(), self.parts.max_model_len) if n])
         output = max(1, min(_SCHEDULE_OUTPUT, room // 2))
         prompt = max(1, min(_SCHEDULE_PROMPT, room - output))
         engine = self.parts.engine(self.system)
@@ -335,6 +350,12 @@ class Profiler:
             "spread": self.samples.spread(),
             "raised": self.samples.raised,
         }
+
+
+def _room(system: System) -> dict[Tier, int]:
+    """Tokens of KV that requests may have on each tier."""
+    pools = system.scheduler().view.pools
+    return {tier: pools[tier].tokens for tier in Tier}
 
 
 def _host_seconds(engine: Engine, sequences: int, prompt: int, output: int) -> dict[int, list[float]]:

@@ -426,7 +426,7 @@ def test_a_row_in_which_everything_is_barred_is_named() -> None:
         ("top_p", 1.01, "top_p is 1.01"),
         ("min_p", -0.1, "min_p is -0.1, must be a number from 0 to 1"),
         ("min_p", 1.1, "min_p is 1.1"),
-        ("repetition_penalty", 0.0, "repetition_penalty is 0.0, must be a finite number above 0"),
+        ("repetition_penalty", 0.0, "repetition_penalty is 0.0, must be a number from 0.01 to 100"),
         ("presence_penalty", 2.1, "presence_penalty is 2.1, must be a number from -2 to 2"),
         ("frequency_penalty", -2.1, "frequency_penalty is -2.1"),
         ("seed", 2**64, "seed is 18446744073709551616"),
