@@ -1,4 +1,7 @@
-"""``neo bench``: run a workload on the engine, in this process, and leave what ``neo simulate`` leaves."""
+"""``neo bench``: run a workload on the engine in this process, or with ``--url`` on a server.
+
+Either leaves what ``neo simulate`` leaves.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ import typer
 
 from neo.cli import engine_options as eng
 from neo.cli import options as opt
-from neo.cli.flags import key_values, options_by_policy, workload_of
+from neo.cli.bench_url import Client, run_url
+from neo.cli.flags import KEY_VARIABLE, key_values, options_by_policy, workload_of
 from neo.cli.runner import OpenLog, Output, Progress, Run, run_all
 from neo.core.errors import InputError
 from neo.core.view import Limits
@@ -67,7 +71,58 @@ Timeline = Annotated[
 ]
 
 
+SERVER = "A server instead of the engine"
+
+
+class Endpoint(StrEnum):
+    """Which of a server's interfaces is used."""
+
+    completions = "completions"
+    chat = "chat"
+
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        help="Send the workload to this OpenAI-compatible server, as http://127.0.0.1:8000.",
+        rich_help_panel=SERVER,
+    ),
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option(
+        "--concurrency",
+        help="With --url: N clients, each sending when its answer has ended (default: by arrival).",
+        min=1,
+        rich_help_panel=SERVER,
+    ),
+]
+EndpointOpt = Annotated[
+    Endpoint,
+    typer.Option(
+        "--endpoint",
+        help="With --url: completions sends token ids, chat sends text.",
+        rich_help_panel=SERVER,
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", help="With --url: the server's key.", envvar=KEY_VARIABLE, rich_help_panel=SERVER
+    ),
+]
+_ANY_TOKEN = 2**31
+_SERVER_ONLY = ("concurrency", "endpoint", "api_key")
+_ENGINE_ONLY = (
+    *("load_format", "dtype", "max_model_len", "gpu_threads", "cpu_threads", "cpu_cores", "backend", "ahead"),
+    *("policy", "policy_opt", "hardware", "cost", "cost_opt", "kv_gpu_blocks", "kv_cpu_blocks"),
+    *("kv_gpu_bytes", "kv_cpu_bytes", "block_size", "max_seqs", "max_batch_tokens", "warmup", "timeline"),
+)
+
+
 def bench(
+    ctx: typer.Context,
     trace: opt.Trace = None,
     format: opt.Format = None,
     prompt_lengths: opt.PromptLengths = None,
@@ -113,8 +168,16 @@ def bench(
     drop_first: opt.DropFirst = 0.0,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
+    url: Url = None,
+    concurrency: Concurrency = None,
+    endpoint: EndpointOpt = Endpoint.completions,
+    api_key: ApiKey = None,
 ) -> None:
-    """Run a workload on the engine, in real time; with several --policy, one after the other."""
+    """Run a workload on the engine, in real time; with several --policy, one after the other.
+
+    With --url, send it to a server instead.
+    """
+    _check_flags(ctx, url)
     if timeline and out is None:
         raise InputError("--timeline needs --out DIR to write timeline.json into")
     if token_ids is TokenIds.trace and trace is None:
@@ -122,8 +185,6 @@ def bench(
     workload = workload_of(
         trace, format, limit, prompt_lengths, output_lengths, requests, arrivals, rate, speedup, cv, seed
     )
-    names = policy or ["neo"]
-    options = options_by_policy(names, key_values(policy_opt, "--policy-opt"))
     output = Output(
         out,
         plots,
@@ -132,6 +193,22 @@ def bench(
         tuple(portable_command(sys.argv[1:])),
         timeline,
     )
+    if url is not None:
+        client = Client(
+            url,
+            model if _given(ctx, "model") else None,
+            endpoint.value,
+            api_key,
+            concurrency,
+            temperature,
+            timeout,
+            seed,
+            _given_prompts(trace, workload, endpoint) if token_ids is TokenIds.trace else None,
+        )
+        run_url(workload, client, output, quiet, as_json)
+        return
+    names = policy or ["neo"]
+    options = options_by_policy(names, key_values(policy_opt, "--policy-opt"))
     config = eng.engine_config(
         model=model,
         load_format=load_format,
@@ -163,6 +240,32 @@ def bench(
         parts, _prompts(token_ids, trace, workload, parts, seed), token_ids, replayed, warmup, timeline
     )
     run_all([MeasuredRun(s, workload, seed, how) for s in systems], output, quiet, as_json)
+
+
+def _given(ctx: typer.Context, name: str) -> bool:
+    """Whether a flag is on the command line: not its default, nor from the environment."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_flags(ctx: typer.Context, url: str | None) -> None:
+    """Refuse flags of the engine where a server is asked, and the other way round."""
+    wrong = _SERVER_ONLY if url is None else _ENGINE_ONLY
+    flags = {p.name: p.opts[0] for p in ctx.command.params}
+    for name in wrong:
+        if _given(ctx, name):
+            why = "needs --url" if url is None else "is not for --url: the server has its own"
+            raise InputError(f"{flags[name]} {why}")
+
+
+def _given_prompts(trace: Path | None, workload: Workload, endpoint: Endpoint) -> Prompts:
+    """The token ids of a trace; whether the server's vocabulary has them, the server knows."""
+    from neo.runtime.prompts import read_prompts
+
+    if endpoint is Endpoint.chat:
+        raise InputError("--token-ids trace: --endpoint chat sends text; use --endpoint completions")
+    assert trace is not None
+    return read_prompts(trace, workload, _ANY_TOKEN)
 
 
 def _load(config: EngineConfig, workload: Workload) -> EngineParts:

@@ -153,7 +153,7 @@ class Runner:
         run = self._run
         with ExitStack() as stack:
             label = run.system.config.policy
-            progress = _progress(stack, label, len(run.workload)) if show_progress else None
+            progress = progress_bar(stack, label, len(run.workload)) if show_progress else None
             driver: Driver = run.prepare(stack, lambda header: self._log(stack, header), progress)
             try:
                 driver.run()
@@ -169,25 +169,15 @@ class Runner:
         directory = self.output.directory
         if directory is None:
             return None
+        open_results(directory)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            for name in _OWN_FILES:  # nothing of an earlier run may stand beside this one
-                (directory / name).unlink(missing_ok=True)
             file = stack.enter_context(
                 (directory / "steps.jsonl").open("w", encoding="utf-8", buffering=1 << 20)
             )
-            self._keep_cost_table(directory)
         except OSError as error:
             raise InputError(f"cannot write into --out {directory}: {error.strerror}") from error
+        keep_cost_table(self._run.system.config.cost_model, directory)
         return RunLog(file, header)
-
-    def _keep_cost_table(self, directory: Path) -> None:
-        """The table that decisions were made with stays with them: ``neo validate`` looks for it here."""
-        kind, _, path = self._run.system.config.cost_model.partition(":")
-        if kind == "profiled":
-            table = Path(path).expanduser()
-            if table.parent.resolve() != directory.resolve():
-                shutil.copyfile(table, directory / table.name)
 
     def _finish(self, driver: Driver, wall_time_s: float) -> RunResult:
         output, record = self.output, driver.record
@@ -206,6 +196,29 @@ class Runner:
         return run_result(record, meta, output.slo, output.drop_first)
 
 
+def open_results(directory: Path, flag: str = "--out") -> None:
+    """Make a run's directory, or clear it of an earlier run's files; InputError if that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in _OWN_FILES:  # nothing of an earlier run may stand beside this one
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {flag} {directory}: {error.strerror}") from error
+
+
+def keep_cost_table(cost_model: str, directory: Path) -> None:
+    """The table that decisions are made with stays with them: ``neo validate`` looks for it here."""
+    kind, _, path = cost_model.partition(":")
+    if kind != "profiled":
+        return
+    table = Path(path).expanduser()
+    try:
+        if table.parent.resolve() != directory.resolve():
+            shutil.copyfile(table, directory / table.name)
+    except OSError as error:
+        raise InputError(f"cannot copy {table} into {directory}: {error.strerror or error}") from error
+
+
 def run_all(runs: Sequence[Run[Any]], output: Output, quiet: bool, as_json: bool) -> None:
     """One run after the other, each with its own folder if there are several; then all in one table."""
     names = [run.system.config.policy for run in runs]
@@ -218,12 +231,13 @@ def run_all(runs: Sequence[Run[Any]], output: Output, quiet: bool, as_json: bool
             results.append(runner.run(show_progress=not quiet and not as_json))
         except (NeoError, KeyboardInterrupt):
             if results:  # what the policies before this one gave is not lost
-                _show(results, replace(output, plots=False), as_json)
+                show(results, replace(output, plots=False), as_json)
             raise
-    _show(results, output, as_json)
+    show(results, output, as_json)
 
 
-def _show(results: list[RunResult], output: Output, as_json: bool) -> None:
+def show(results: list[RunResult], output: Output, as_json: bool) -> None:
+    """Print one run, or several side by side, and what to know of them; several are plotted together."""
     summaries = [r.summary for r in results]
     if as_json:
         for summary in summaries:
@@ -243,7 +257,7 @@ def _show(results: list[RunResult], output: Output, as_json: bool) -> None:
         console.print(f"Results in {output.directory}", highlight=False)
 
 
-def _progress(stack: ExitStack, label: str, total: int) -> Progress | None:
+def progress_bar(stack: ExitStack, label: str, total: int) -> Progress | None:
     """A callback that moves a progress bar; None where nobody watches."""
     if not sys.stderr.isatty():
         return None
