@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from neo.cli import options as opt
+from neo.cli.runner import show_tables
 from neo.report.files import read_summary
-from neo.report.tables import comparison_table, result_table
 
 Runs = Annotated[list[Path], typer.Argument(help="Directories (or summary.json files) of runs.")]
 
@@ -24,4 +24,4 @@ def show(runs: Runs, as_json: opt.AsJson = False) -> None:
         return
     from rich.console import Console
 
-    Console().print(result_table(summaries[0]) if len(summaries) == 1 else comparison_table(summaries))
+    show_tables(summaries, Console())
