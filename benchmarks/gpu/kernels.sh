@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the CUDA kernels for this machine's GPU, tests them, looks for bad memory accesses, and measures them; about
-# three minutes. Needs nvcc, python3 with torch, numpy and pytest; CMake where there is one.
+# Builds the CUDA kernels for this machine's GPU, tests them, looks for bad memory accesses, and measures them; within
+# four minutes. Needs nvcc, python3 with torch, numpy and pytest; CMake where there is one.
 #
 # usage: benchmarks/gpu/kernels.sh [folder for results, default out/gpu]
 # NEO_CUDA_LIBRARY, NEO_CPU_LIBRARY: libraries that are built already. SKIP: words of "tests sanitizer measure".
@@ -39,7 +39,7 @@ echo "build: $(($(seconds) - began)) s"
 if wanted tests; then
     then=$(seconds)
     timeout 120 python3 -m pytest -q -p no:cacheprovider tests/kernels/test_cuda_attention.py \
-        tests/kernels/test_cuda_rows.py tests/kernels/test_cuda_handover.py -k "not emulated" \
+        tests/kernels/test_cuda_rows.py tests/kernels/test_cuda_handover.py tests/kernels/test_cuda_library.py -k "not emulated" \
         >"$out/tests.log" 2>&1 || status=1
     grep -E "^(FAILED|ERROR|E  )" "$out/tests.log" | head -n 25
     tail -n 1 "$out/tests.log"
@@ -49,7 +49,7 @@ fi
 if wanted sanitizer && command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         then=$(seconds)
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 75 compute-sanitizer --tool $tool --error-exitcode 9 \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 50 compute-sanitizer --tool $tool --error-exitcode 9 \
             python3 benchmarks/gpu/kernels.py --once >"$out/$tool.log" 2>&1 || status=1
         grep -E "Error|Invalid|hazard|SUMMARY|Traceback" "$out/$tool.log" | head -n 6
         echo "$tool: $(($(seconds) - then)) s"

@@ -1,6 +1,6 @@
 """The CUDA kernels' libraries and random inputs for their tests.
 
-Every test of arithmetic runs twice: on the emulated library (the same kernels compiled for the CPU, tensors in
+Each test of arithmetic runs twice: on the emulated library (the same kernels compiled for the CPU, tensors in
 host memory), which any machine can build, and on a GPU where there is one.
 """
 

@@ -52,7 +52,7 @@ def run(
 def check(
     out: torch.Tensor, case: Paged, q: torch.Tensor, slots: Sequence[int], lengths: Sequence[int]
 ) -> None:
-    """Weights and output are rounded to the cache's type, sums to fp32; a score's error is one in a weight."""
+    """Weights and output are rounded to the cache's type, sums to fp32; a score's error is a weight's."""
     dim = q.shape[2]
     eps = EPSILON[q.dtype]
     for i, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
