@@ -44,6 +44,7 @@ struct Attention {
 
 // Bytes of shared memory that one tile of one warp takes: K as [token half][d][8 tokens], V's rows padded by 16 bytes.
 constexpr int tile_bytes(int head_dim) { return 2 * TILE * head_dim + TILE * (2 * head_dim + 16); }
+template <int D> constexpr int TILE_BYTES = tile_bytes(D); // for device code
 
 // n tiles of 8 query heads each. One kernel for each type, in files of their own so that they build side by side.
 cudaError_t launch_mma_f16(const Attention &args, int n, int ctas, cudaStream_t stream) noexcept;

@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(WARPS_OF_CTA * 32) attend(const __grid_constan
     const Start start = args.plan.starts[worker];
     if (start.count <= 0)
         return;
-    constexpr int BYTES = tile_bytes(D);
+    constexpr int BYTES = TILE_BYTES<D>;
     const int stages = args.stages;
     const uint32_t ring = shared_address(shared) + warp * stages * BYTES;
     const uint32_t ring_end = ring + stages * BYTES;

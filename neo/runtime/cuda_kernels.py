@@ -1,8 +1,8 @@
 """The CUDA kernels on torch tensors: arguments are described once and launched again and again.
 
-Every function here fills a struct of `neo.runtime.cuda_library` from tensors and returns a `Launch`: calling it
-launches the kernel on a stream and does no more Python than that. Tensors must live as long as the launch is used
-(it keeps them); what changes between calls is what lies in their memory. All of it can be captured in a CUDA graph.
+Every function here fills a struct of `neo.runtime.cuda_library` from tensors and returns a `Launch`: calling
+it launches the kernel on a stream and does no more Python than that. The launch keeps the tensors alive; what
+changes between calls is what lies in their memory. All of it can be captured in a CUDA graph.
 
 Layer-blocks are `KVMemory`'s on both tiers: a tensor [blocks, kv_heads, 2, head_dim * block_size].
 """
@@ -63,13 +63,22 @@ def _table(tables: Tensor) -> tuple[int, int]:
     return tables.data_ptr(), max(tables.stride(0), tables.shape[1])
 
 
-def cache_of(blocks: Tensor, block_size: int) -> c.Cache:
-    """The C view of layer-blocks [blocks, kv_heads, 2, head_dim * block_size]."""
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Layer-blocks on the device, and the C view of them."""
+
+    blocks: Tensor
+    struct: c.Cache
+
+
+def cache_of(blocks: Tensor, block_size: int) -> Cache:
+    """The cache in layer-blocks [blocks, kv_heads, 2, head_dim * block_size]."""
     if blocks.ndim != 4 or blocks.shape[2] != 2 or blocks.shape[3] % block_size or not blocks.is_contiguous():
         raise ValueError(
-            f"blocks are {tuple(blocks.shape)}, must be contiguous [blocks, kv_heads, 2, head_dim * {block_size}]"
+            f"blocks are {tuple(blocks.shape)}, must be contiguous "
+            f"[blocks, kv_heads, 2, head_dim * {block_size}]"
         )
-    return c.Cache(
+    struct = c.Cache(
         data=blocks.data_ptr(),
         num_blocks=blocks.shape[0],
         kv_heads=blocks.shape[1],
@@ -77,11 +86,12 @@ def cache_of(blocks: Tensor, block_size: int) -> c.Cache:
         block_size=block_size,
         dtype=CODE[blocks.dtype],
     )
+    return Cache(blocks, struct)
 
 
-def decode_workspace(cache: c.Cache, rows: int, q_heads: int, ctas: int = 0, stages: int = 0) -> int:
+def decode_workspace(cache: Cache, rows: int, q_heads: int, ctas: int = 0, stages: int = 0) -> int:
     """Bytes of workspace for decode attention of so many rows on the current device."""
-    args = c.Decode(cache=ctypes.pointer(cache), rows=rows, q_heads=q_heads, ctas=ctas, stages=stages)
+    args = c.Decode(cache=ctypes.pointer(cache.struct), rows=rows, q_heads=q_heads, ctas=ctas, stages=stages)
     size = ctypes.c_size_t()
     c.check(c.load().neo_cuda_decode_workspace(args, size))
     return size.value
@@ -89,14 +99,14 @@ def decode_workspace(cache: c.Cache, rows: int, q_heads: int, ctas: int = 0, sta
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Decode attention: ``plan`` once for all layers with the same lengths, then ``attend`` for each layer."""
+    """Decode attention: ``plan`` once for all layers with the same lengths, then ``attend`` for each."""
 
     plan: Launch
     attend: Launch
 
 
 def decode(
-    cache: c.Cache,
+    cache: Cache,
     q: Tensor,
     out: Tensor,
     tables: Tensor,
@@ -109,18 +119,24 @@ def decode(
 ) -> Attention:
     """Attention of q [rows, heads, head_dim] over the first lengths[i] tokens of slots[i] (None: row i).
 
-    `workspace`: uint8 of at least `decode_workspace` bytes, one call at a time. `scale` None: 1/sqrt(head_dim).
+    `workspace`: uint8 of at least `decode_workspace` bytes, for one call at a time. `scale` None:
+    1/sqrt(head_dim).
     """
     _rows(q, "q", 3)
     _rows(out, "out", 3)
     rows, heads, dim = q.shape
-    if out.shape != q.shape or dim != cache.head_dim or {CODE[q.dtype], CODE[out.dtype]} != {cache.dtype}:
+    if (
+        out.shape != q.shape
+        or dim != cache.struct.head_dim
+        or {CODE[q.dtype], CODE[out.dtype]} != {cache.struct.dtype}
+    ):
         raise ValueError(
-            f"q is {tuple(q.shape)} {q.dtype}, out {tuple(out.shape)} {out.dtype}: must agree, and with the cache"
+            f"q is {tuple(q.shape)} {q.dtype}, out {tuple(out.shape)} {out.dtype}: "
+            "must agree, and with the cache"
         )
     address, stride = _table(tables)
     args = c.Decode(
-        cache=ctypes.pointer(cache),
+        cache=ctypes.pointer(cache.struct),
         q=q.data_ptr(),
         out=out.data_ptr(),
         q_stride=q.stride(0),
@@ -197,7 +213,7 @@ class QkvWeights:
 
 
 def qkv_rope_append(
-    cache: c.Cache,
+    cache: Cache,
     qkv: Tensor,
     weights: QkvWeights,
     cos: Tensor,
@@ -211,19 +227,19 @@ def qkv_rope_append(
 ) -> Launch:
     """Bias, norms and rotation of a fused projection [rows, (q + 2 kv heads) * dim], and append to the cache.
 
-    cos, sin: [rows, 1, dim] or [rows, dim], contiguous, sin signed as in `neo.runtime.rope.Rope`. q [rows, q heads,
-    dim], k and v [rows, kv heads, dim] or None: heads side by side, rows may lie apart. Rows with slots[i] < 0 are not
-    appended; without tables none is.
+    cos, sin: [rows, 1, dim] or [rows, dim], contiguous, sin signed as in `neo.runtime.rope.Rope`. q [rows,
+    q heads, dim], k and v [rows, kv heads, dim] or None: heads side by side, rows may lie apart. Rows with
+    slots[i] < 0 are not appended; without tables none is.
     """
     _rows(qkv, "qkv", 2)
     _rows(q, "q", 3)
     rows, heads, dim = q.shape
-    kv_heads = cache.kv_heads
+    kv_heads = cache.struct.kv_heads
     kind = qkv.dtype
     if (
         qkv.shape != (rows, (heads + 2 * kv_heads) * dim)
-        or dim != cache.head_dim
-        or CODE[kind] != cache.dtype
+        or dim != cache.struct.head_dim
+        or CODE[kind] != cache.struct.dtype
     ):
         raise ValueError(f"qkv is {tuple(qkv.shape)} {kind}, does not fit q {tuple(q.shape)} and the cache")
     strides = {t.stride(0) for t in (k, v) if t is not None}
@@ -245,7 +261,7 @@ def qkv_rope_append(
             )
     address, table_stride = (None, 0) if tables is None else _table(tables)
     args = c.Qkv(
-        cache=ctypes.pointer(cache),
+        cache=ctypes.pointer(cache.struct),
         qkv=qkv.data_ptr(),
         qkv_stride=qkv.stride(0),
         bias=_pointer(weights.bias),
@@ -283,10 +299,11 @@ def copy_blocks(
     ctas: int = 0,
     engines: bool = False,
 ) -> Launch:
-    """Block dst_blocks[i] of dst [blocks, ...] becomes block src_blocks[i] of src; either may be pinned memory.
+    """Block dst_blocks[i] of dst [blocks, ...] becomes block src_blocks[i] of src; either may be pinned.
 
-    One kernel of `ctas` thread blocks, for lists in device or pinned memory, of which `count_at` (int32 [1]) says how
-    many pairs count; or, with `engines`, the copy engines, for lists in host memory, read when it is called.
+    One kernel of `ctas` thread blocks, for lists in device or pinned memory, of which `count_at` (int32 [1])
+    says how many pairs count; or, with `engines`, the copy engines, for lists in host memory, read when it is
+    called.
     """
     count = src_blocks.numel()
     if dst_blocks.numel() != count or src.shape[1:] != dst.shape[1:] or src.dtype != dst.dtype:
@@ -320,7 +337,8 @@ class Channel:
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self._state = torch.zeros(4, dtype=torch.int32, device=device)
-        self._flags = torch.zeros(3 * self._LINE, dtype=torch.int32).pin_memory()
+        flags = torch.zeros(3 * self._LINE, dtype=torch.int32)
+        self._flags = flags.pin_memory() if self._state.is_cuda else flags
         self.request, self.answer, self.error = (
             self._flags.data_ptr() + i * 4 * self._LINE for i in range(3)
         )
@@ -342,7 +360,8 @@ class Channel:
         """Reopen it, with counts at 0. The device and the host's side must be idle."""
         self._flags.zero_()
         self._state.zero_()
-        torch.cuda.synchronize(self._state.device)
+        if self._state.is_cuda:
+            torch.cuda.synchronize(self._state.device)
 
 
 def post_rows(
@@ -356,13 +375,15 @@ def post_rows(
 ) -> Launch:
     """Rows [q | k | v] to pinned `packed` [>= rows, >= width], then the request's number; see neo_cuda.h.
 
-    q [rows, heads, dim], k and v [rows, kv heads, dim], heads side by side. `rows_at`: int32 [1], how many rows count.
+    q [rows, heads, dim], k and v [rows, kv heads, dim], heads side by side. `rows_at`: int32 [1], how many
+    rows count.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _rows(tensor, name, 3)
         if tensor.stride(1) != tensor.shape[2] or tensor.dtype != q.dtype or len(tensor) != len(q):
             raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, strides {tensor.stride()}: heads must lie side by side, and agree with q"
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, strides {tensor.stride()}: "
+                "heads must lie side by side, and agree with q"
             )
     _rows(packed, "packed", 2)
     by = q.element_size()

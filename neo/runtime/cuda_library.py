@@ -1,7 +1,7 @@
 """Finds and loads ``libneo_cuda``, and mirrors its C structs (``kernels/cuda/neo_cuda.h``).
 
-Loading needs neither a GPU nor torch: the CUDA runtime is part of the library and looks for the driver when it is
-first used.
+Loading needs neither a GPU nor torch: the CUDA runtime is part of the library and looks for the driver when
+it is first used.
 """
 
 from __future__ import annotations
@@ -233,8 +233,8 @@ def library_path() -> Path:
     if not path.is_file():
         where = f"${LIBRARY_VARIABLE} names {path}" if named else f"expected at {path}"
         raise CudaKernelsMissingError(
-            f"the CUDA kernels are not built: no such file, {where}. Run `make kernels` in the source tree where "
-            f"nvcc is on the PATH; or set {LIBRARY_VARIABLE} to a {_NAME} that is built already."
+            f"the CUDA kernels are not built: no such file, {where}. Run `make kernels` in the source tree "
+            f"where nvcc is on the PATH; or set {LIBRARY_VARIABLE} to a {_NAME} that is built already."
         )
     return path
 

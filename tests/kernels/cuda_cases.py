@@ -1,11 +1,12 @@
 """The CUDA kernels' libraries and random inputs for their tests.
 
-Every test of arithmetic runs twice: on the emulated library (the same kernels compiled for the CPU, tensors in host
-memory), which any machine can build, and on a GPU where there is one.
+Each test of arithmetic runs twice: on the emulated library (the same kernels compiled for the CPU, tensors in
+host memory), which any machine can build, and on a GPU where there is one.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0
 
 def emulated_path() -> Path:
     """Where the emulated library is."""
-    import os
 
     return Path(os.environ.get("NEO_CUDA_EMULATED_LIBRARY", _BUILT / "libneo_cuda_emulated.so"))
 
@@ -76,7 +76,7 @@ def paged(
     seed: int = 0,
     room: int = 0,
 ) -> Paged:
-    """Random K and V in scattered blocks, with `room` for more tokens; table entries past them name no block."""
+    """Random K and V in scattered blocks, with `room` for more tokens; table entries past them are wild."""
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-(n + room) // block_size) for n in lengths]
     blocks = torch.full((sum(counts) + 2, kv_heads, 2, head_dim * block_size), float("nan"), dtype=dtype)

@@ -49,8 +49,10 @@ def run(
     return out.cpu()
 
 
-def check(out: torch.Tensor, case: Paged, q: torch.Tensor, slots: Sequence[int], lengths: Sequence[int]) -> None:
-    """Weights and the output are rounded to the cache's type, sums to fp32; an error in a score is one in a weight."""
+def check(
+    out: torch.Tensor, case: Paged, q: torch.Tensor, slots: Sequence[int], lengths: Sequence[int]
+) -> None:
+    """Weights and output are rounded to the cache's type, sums to fp32; a score's error is a weight's."""
     dim = q.shape[2]
     eps = EPSILON[q.dtype]
     for i, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
@@ -58,7 +60,11 @@ def check(out: torch.Tensor, case: Paged, q: torch.Tensor, slots: Sequence[int],
         expected = attention(q[i], k, v, dim**-0.5)
         score = float(q[i].double().abs().max() * k.double().abs().max() * dim**0.5) if length else 0.0
         reach = float(v.double().abs().max()) if length else 0.0
-        bound = eps * expected.abs() + (eps if eps > 1e-6 else 0.0) * reach + 16 * EPSILON[torch.float32] * (1 + score) * reach
+        bound = (
+            eps * expected.abs()
+            + (eps if eps > 1e-6 else 0.0) * reach
+            + 16 * EPSILON[torch.float32] * (1 + score) * reach
+        )
         error = (out[i].double() - expected).abs()
         assert (error <= bound + 1e-30).all(), (i, slot, length, float(error.max()), float(bound.min()))
 
@@ -103,11 +109,13 @@ def test_however_the_work_is_cut(device: Device, ctas: int, stages: int) -> None
 
 
 def test_slots_and_lengths_are_read_when_it_runs(device: Device) -> None:
-    """Two rows of one slot, a prefix of another, rows in any order; the cache's other slots are not touched."""
+    """Two rows of one slot, a prefix of another, rows in any order; others are not touched."""
     case = paged((50, 90, 20), torch.float16, 2, 64, 16)
     slots, lengths = [2, 0, 0, 1], [20, 50, 31, 64]
     q = queries(4, 4, 64, torch.float16)
-    out = run(device, case, q, torch.tensor(slots, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32))
+    out = run(
+        device, case, q, torch.tensor(slots, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+    )
     check(out, case, q, slots, lengths)
 
 
