@@ -28,7 +28,7 @@ from neo.runtime.block_tables import BlockTables, Copies
 from neo.runtime.cuda_attention import Prefill
 from neo.runtime.cuda_graphs import Graphs, padded, valid_rows
 from neo.runtime.cuda_host import HandOver, HostAttention
-from neo.runtime.cuda_memory import TableMirror, device_memory, pinned_memory, unpin
+from neo.runtime.cuda_memory import TableMirror, device_memory, pinned_memory
 from neo.runtime.cuda_rows import Layout, Rows
 from neo.runtime.cuda_step import LayerCopies, Special, Way, special_rows, to_device
 from neo.runtime.errors import EngineError
@@ -132,7 +132,7 @@ class CudaExecutor:
         self._streams = {Resource.H2D: _stream(device), Resource.D2H: _stream(device)}
         with torch.inference_mode(), torch.cuda.stream(self._main):
             self.gpu = device_memory(tables.gpu.total + staging[0] * staging[1], *shape, device)
-            self.cpu = pinned_memory(tables.cpu.total, *shape)
+            self.cpu, self._unpin = pinned_memory(tables.cpu.total, *shape)
             most = min(options.max_decodes, options.max_rows)
             self._rows = [Rows(model, self.gpu, options.max_rows, most)]
             self._host: HostAttention | None = None
@@ -190,9 +190,7 @@ class CudaExecutor:
         if self._host is not None:
             self._host.close()
             self._host = None
-        if self.cpu.nbytes:
-            torch.cuda.synchronize(self.model.device)
-            unpin(self.cpu)
+        self._unpin()
         config = self.model.config
         self._graphs.clear()
         self._rows, self._over = [], []

@@ -31,6 +31,7 @@ class Graphs:
     def clear(self) -> None:
         """Forget all."""
         self._known.clear()
+        self._pool = None  # it lives as long as a graph in it
 
     def replay(self, key: Hashable, generation: int, launch: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """What replays the graph of ``key`` on the current stream and gives what ``launch`` gave.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,23 +35,29 @@ def device_memory(
     return KVMemory(torch.zeros(shape, dtype=dtype, device=device), block_size)
 
 
-def pinned_memory(blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> KVMemory:
-    """Layer-blocks in host memory that the GPU can address, on huge pages where there are any."""
+def pinned_memory(
+    blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> tuple[KVMemory, Callable[[], object]]:
+    """Layer-blocks in host memory that the GPU can address, on huge pages where there are any.
+
+    Also returns what unpins them; that happens at the latest when the memory is given up.
+    """
     memory = KVMemory.allocate(blocks, kv_heads, head_dim, block_size, dtype)
-    if memory.nbytes:
-        status = _runtime().cudaHostRegister(memory.tensor.data_ptr(), memory.nbytes, _MAPPED)
-        if int(status):
-            raise InputError(
-                f"KV memory of {memory.nbytes / _GIB:.2f} GiB cannot be pinned (cudaHostRegister: "
-                f"error {int(status)}): give the host fewer blocks, or raise 'ulimit -l'"
-            )
-    return memory
+    if not memory.nbytes:
+        return memory, lambda: None
+    address = memory.tensor.data_ptr()
+    status = _runtime().cudaHostRegister(address, memory.nbytes, _MAPPED)
+    if int(status):
+        raise InputError(
+            f"KV memory of {memory.nbytes / _GIB:.2f} GiB cannot be pinned (cudaHostRegister: error "
+            f"{int(status)}): give the host fewer blocks, or raise 'ulimit -l'"
+        )
+    return memory, weakref.finalize(memory, _unpin, address)
 
 
-def unpin(memory: KVMemory) -> None:
-    """Undo what ``pinned_memory`` registered."""
-    if memory.nbytes:
-        _runtime().cudaHostUnregister(memory.tensor.data_ptr())
+def _unpin(address: int) -> None:
+    torch.cuda.synchronize()
+    _runtime().cudaHostUnregister(address)
 
 
 def _runtime() -> Any:
