@@ -304,7 +304,7 @@ class Engine:
                 end,
                 start=start,
                 stopped=stopped,
-                ops=times.by_operation(graph),
+                ops=times.by_operation(graph) if times.measured else None,
             )
         self.steps += 1
         self.last = times

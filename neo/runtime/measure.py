@@ -36,7 +36,7 @@ class Bench:
         executor: its block tables must hold nobody; it needs no standing staging buffers.
         model: shape of the model it runs.
         block_size: tokens of a block.
-        repeats: measured runs of each step, behind one that is not counted.
+        repeats: runs of each step.
         seed: of token ids.
     """
 
@@ -45,7 +45,7 @@ class Bench:
         executor: Executor,
         model: ModelSpec,
         block_size: int,
-        repeats: int,
+        repeats: int = 1,
         seed: int = 0,
     ) -> None:
         self.executor = executor
@@ -90,14 +90,14 @@ class Bench:
         """A decode beside which KV of ``tokens`` tokens moves: to the host, and back."""
         runs, mover = self.decoding(beside, Tier.GPU), self.decoding(tokens, Tier.GPU)
         found: tuple[list[Measured], list[Measured]] = ([], [])
-        for _ in range(self.repeats + 1):
+        for _ in range(self.repeats):
             for i, dst in enumerate((Tier.CPU, Tier.GPU)):
                 plan = StepPlan((SubBatch(gpu_decode=(runs,)),), (KVMove(mover, dst),))
                 found[i].append(self._once(plan))
                 mover.tier = dst
                 mover.host_layers = (1 << self.model.layers) - 1 if dst is Tier.CPU else 0
         self._release((runs, mover))
-        return _joined(found[0][1:]), _joined(found[1][1:])
+        return _joined(found[0]), _joined(found[1])
 
     # -- made-up requests -----------------------------------------------------------------------------------
 
@@ -125,9 +125,9 @@ class Bench:
 
     def run(self, plan: Callable[[], StepPlan], members: Sequence[Request]) -> Measured:
         """Run a plan again and again."""
-        found = [self._once(plan()) for _ in range(self.repeats + 1)]
+        found = [self._once(plan()) for _ in range(self.repeats)]
         self._release(members)
-        return _joined(found[1:])
+        return _joined(found)
 
     def _once(self, plan: StepPlan) -> Measured:
         tables = self.executor.tables

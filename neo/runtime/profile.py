@@ -2,8 +2,9 @@
 
 Steps of chosen shapes run through the executor as an engine would run them; their operations' times fill the
 tables of ``neo-cost-table/1`` (docs/cost-models.md). All shapes are gone through several times, so that a
-machine whose speed drifts biases no part of the table against another. SCHEDULE, the host's own time, comes
-from a short run of a whole engine.
+machine whose speed drifts biases no part of the table against another, each time in another order: like a
+step of an engine, one that is measured finds the caches as a different one left them. SCHEDULE, the host's
+own time, comes from a short run of a whole engine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from neo import __version__
 from neo.core.errors import InputError
 from neo.core.pipeline import recv_bytes, send_bytes
 from neo.core.request import Tier
+from neo.cost.interpolation import isotonic
 from neo.cost.table_schema import FORMAT, SHAPE_FIELDS
 from neo.runtime.engine import Engine
 from neo.runtime.measure import Bench, Measured
@@ -34,17 +37,21 @@ from neo.system.config import System
 Progress = Callable[[str, float], None]
 """Told what is being measured, and the share that is done."""
 
-_ROUNDS, _QUICK_ROUNDS = 4, 2
-_REPEATS = 2  # measured runs of a shape in a round
+_ROUNDS, _QUICK_ROUNDS = 8, 4  # behind one that is not counted
 _SCHEDULE_PROMPT, _SCHEDULE_OUTPUT = 24, 32  # tokens of the requests that SCHEDULE is measured with
 _SCHEDULE_SEQS = 64
 
 
 class _Samples:
-    """Seconds by table and coordinates."""
+    """Seconds by table and coordinates.
+
+    More work never takes less time in a table: where medians say so they are raised, and ``raised`` is the
+    largest share by which.
+    """
 
     def __init__(self) -> None:
         self._found: dict[str, dict[tuple[int, ...], list[float]]] = {}
+        self.raised = 0.0
 
     def add(self, table: str, at: tuple[int, ...], seconds: float) -> None:
         self._found.setdefault(table, {}).setdefault(at, []).append(seconds)
@@ -63,7 +70,14 @@ class _Samples:
         seconds = [self.at(table, (n,)) for n in sizes]
         if len(sizes) == 1:  # budgets leave no choice, and the format wants two: nothing takes no time
             sizes, seconds = [0, *sizes], [0.0, *seconds]
-        return {"axes": {axis: sizes}, "seconds": seconds}
+        return {"axes": {axis: sizes}, "seconds": self._ascending(seconds)}
+
+    def _ascending(self, seconds: Any) -> Any:
+        measured = np.asarray(seconds, dtype=np.float64)
+        fixed, _ = isotonic(measured, "")
+        shares = np.divide(fixed - measured, fixed, out=np.zeros_like(fixed), where=fixed > 0)
+        self.raised = max(self.raised, float(shares.max()))
+        return fixed.tolist()
 
     def surface(self, table: str, axes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """A two-axis table; what does not fit in memory is continued with the differences of its neighbours.
@@ -81,7 +95,8 @@ class _Samples:
                     up, left, corner = rows[-1][j], row[-1], rows[-1][j - 1]
                     row.append(max(up, left, up + left - corner))
             rows.append(row)
-        return {"axes": {name: list(values) for name, values in axes.items()}, "seconds": rows}
+        lists = {name: list(values) for name, values in axes.items()}
+        return {"axes": lists, "seconds": self._ascending(rows)}
 
     def spread(self) -> float:
         """Median over everything measured of (third quartile - first) / median."""
@@ -130,27 +145,34 @@ class Profiler:
         """Measure everything; the content of a cost-table file (JSON-serialisable)."""
         engine = self.parts.engine(self.whole)
         try:
-            bench = Bench(engine.executor, self.parts.spec, self.limits.block_size, _REPEATS)
-            steps = list(self._shapes(bench))
-            for i in range(self.rounds):
-                for k, (what, measure) in enumerate(steps):
-                    self.progress(what, 0.9 * (i + k / len(steps)) / self.rounds)
-                    measure()
+            bench = Bench(engine.executor, self.parts.spec, self.limits.block_size)
+            self._measure(list(self._shapes(bench)))
             described = engine.executor.describe()
         finally:
             engine.close()
         model = self.parts.spec
+        tables = {**self._tables(), "schedule": self._schedule()}
         return {
             "format": FORMAT,
             "provenance": self._provenance(described, command),
             "model": {name: getattr(model, name) for name in ("name", *SHAPE_FIELDS)},
             "tp": 1,
             "dtype": described["dtype"],
-            "tables": {**self._tables(), "schedule": self._schedule()},
+            "tables": tables,
             "contention": self._contention(),
         }
 
     # -- measuring ----------------------------------------------------------------------------------------
+
+    def _measure(self, steps: list[tuple[str, Callable[[], None]]]) -> None:
+        random = Random(0)
+        for i in range(1 + self.rounds):
+            for k, (what, measure) in enumerate(steps):
+                self.progress(what, 0.9 * (i + k / len(steps)) / (1 + self.rounds))
+                measure()
+            if i == 0:
+                self.samples = _Samples()  # first runs take longer
+            random.shuffle(steps)
 
     def _shapes(self, bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
         """What to run in each round."""
@@ -324,8 +346,9 @@ class Profiler:
             },
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "command": command,
-            "repeats": self.rounds * _REPEATS,
+            "repeats": self.rounds,
             "spread": self.samples.spread(),
+            "raised": self.samples.raised,
         }
 
 
