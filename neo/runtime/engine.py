@@ -130,6 +130,7 @@ class Engine:
         self._sampler = Sampler(vocab)
         self._live: dict[str, _Live] = {}
         self._sampled: dict[str, tuple[int, TokenLogprobs | None]] = {}
+        self._unsampled: dict[str, str] = {}  # requests that got no token, and why
         self._next: _Running | None = None
         self._failed: NeoError | None = None  # a policy's error in a plan made ahead
         self._broken: EngineError | None = None
@@ -179,6 +180,10 @@ class Engine:
         state = SamplerState(
             params, prompt, self.vocab, seed, () if params.ignore_eos else self.options.eos_token_ids
         )
+        if params.min_tokens and len(state.end_ids) >= self.vocab:
+            raise InputError(
+                f"request {request_id!r}: stop_token_ids with min_tokens leave no token to choose"
+            )
         self.scheduler.add(request)
         self._live[request_id] = _Live(request, list(prompt), state, ends)
         self._added += 1
@@ -249,7 +254,7 @@ class Engine:
         planned, tables = running.planned, self.executor.tables
         for request in self.scheduler.ended:  # aborted since the step before: its blocks may be in this plan
             tables.release(request.id)
-        self._sampled = {}
+        self._sampled, self._unsampled = {}, {}
         try:
             copies = tables.begin(planned.plan)
             inputs = prepare(planned.plan, tables, self._live)
@@ -277,12 +282,19 @@ class Engine:
         return future.result()
 
     def _sample(self, logits: Any, requests: tuple[str, ...]) -> None:
-        """Called by the executor in HEAD, perhaps on its own thread."""
+        """Called by the executor in HEAD, perhaps on its own thread.
+
+        A request from whose logits no token can be chosen ends; the others are none the worse for it.
+        """
         states = [self._live[r].state for r in requests]
         try:
             tokens, logprobs = self._sampler.sample(logits, states)
         except SamplingError as error:
-            raise EngineError(f"{error} (request {requests[error.row]!r})") from error
+            self._unsampled |= {requests[row]: error.reason for row in error.rows}
+            rows = [i for i in range(len(requests)) if i not in error.rows]
+            if rows:
+                self._sample(logits[rows], tuple([requests[i] for i in rows]))
+            return
         self._sampled = dict(zip(requests, zip(tokens, logprobs, strict=True), strict=True))
 
     def _finish(self, running: _Running, times: StepTimes) -> list[Output]:
@@ -323,6 +335,12 @@ class Engine:
             if token in live.ends:
                 stopped[request_id] = FinishReason.STOP
             outputs[request_id] = Output(request_id, token, logprobs)
+        for request_id, why in self._unsampled.items():
+            live = self._live[request_id]
+            if not live.ended:
+                live.request.detail = f"no token can be sampled: {why}"
+                live.state.append(0)  # a step planned ahead takes it; nothing comes of that
+                self.abort(request_id)  # it ends with this step
         return outputs, stopped
 
     def _collect(self, outputs: dict[str, Output]) -> list[Output]:

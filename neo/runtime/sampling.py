@@ -35,11 +35,13 @@ class SamplingError(NeoError):
     Attributes:
         rows: all such rows of the batch, ascending.
         row: the first of them.
+        reason: what is wrong with them.
     """
 
     def __init__(self, rows: Sequence[int], reason: str) -> None:
         self.rows = tuple(rows)
         self.row = self.rows[0]
+        self.reason = reason
         listed = ", ".join(map(str, self.rows))
         super().__init__(f"no token can be sampled from row{'s' * (len(self.rows) > 1)} {listed}: {reason}")
 

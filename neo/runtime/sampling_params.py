@@ -19,9 +19,8 @@ BIAS_LIMIT = 100.0
 PENALTY_LIMIT = 2.0
 """Largest absolute presence and frequency penalty, as in OpenAI's interface."""
 
-REPETITION_LIMIT = 100.0
-"""Largest repetition penalty; the least is its inverse. Far beyond what is of use (1 to 1.5), far from where
-logits leave float32: a row without a finite logit would fail the step of everybody in it."""
+REPETITION_LIMITS = (0.01, 100.0)
+"""Of `repetition_penalty`: far beyond what is of use (0.8 to 1.5), and no logit overflows by it."""
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: there float32 cannot tell logits apart that the division would."""
@@ -38,8 +37,7 @@ class SamplingParams:
         top_p: only the fewest most likely tokens whose probabilities (after `top_k`) sum to at least this.
         min_p: only tokens at least this share as likely as the most likely one.
         repetition_penalty: logits of tokens in the prompt or the output are divided by it if positive,
-            multiplied if negative (CTRL, arXiv:1909.05858, with the sign handled as Hugging Face does);
-            from 0.01 to 100.
+            multiplied if negative (CTRL, arXiv:1909.05858, with the sign handled as Hugging Face does).
         presence_penalty: subtracted from the logits of tokens in the output.
         frequency_penalty: subtracted once for every time the token is in the output.
         seed: makes the request's tokens reproducible; any integer of 64 bits, signed or not.
@@ -72,7 +70,7 @@ class SamplingParams:
         _integer("top_k", self.top_k, -1)
         _real("top_p", self.top_p, 0.0, 1.0, above=True)
         _real("min_p", self.min_p, 0.0, 1.0)
-        _real("repetition_penalty", self.repetition_penalty, 1.0 / REPETITION_LIMIT, REPETITION_LIMIT)
+        _real("repetition_penalty", self.repetition_penalty, *REPETITION_LIMITS)
         _real("presence_penalty", self.presence_penalty, -PENALTY_LIMIT, PENALTY_LIMIT)
         _real("frequency_penalty", self.frequency_penalty, -PENALTY_LIMIT, PENALTY_LIMIT)
         if self.seed is not None:
