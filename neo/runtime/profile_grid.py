@@ -110,5 +110,7 @@ def to_corners(entry: dict[str, Any]) -> dict[str, Any]:
         far = corner(sizes[-1])
         seconds = np.moveaxis(np.concatenate([seconds, [seconds[-1] + slope * (far - sizes[-1])]]), 0, axis)
         axes[name] = [*sizes, far]
+    for axis in (0, 1):  # slopes differ: what ascended must do so still
+        seconds = np.maximum.accumulate(seconds, axis)
     seconds = np.concatenate([seconds[:, :1], seconds], axis=1)
     return {"axes": axes | {second: [0, *axes[second]]}, "seconds": seconds.tolist()}

@@ -82,9 +82,8 @@ def test_the_table_serves_simulate_bench_and_validate(
         code, _, errors = neo(command, *common, "--out", tmp_path / run)
         assert code == 0, errors
         assert "extrapolated" not in errors
-        assert all(line.startswith("warning: table '") for line in errors.splitlines()), (
-            errors
-        )  # a busy machine
+        assert "raised" not in errors
+        assert "Traceback" not in errors
         assert read_summary(tmp_path / run)["kind"] == run
     code, shown, errors = neo("validate", tmp_path / "measured")
     assert code == 0, shown + errors

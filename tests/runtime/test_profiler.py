@@ -77,7 +77,7 @@ def table(document: Document, tmp_path: Path) -> str:
 def test_cost_models_take_the_table(parts: EngineParts, table: str) -> None:
     cost = load_cost_model(table, parts.spec, parts.hardware, {})
     described = cost.describe()
-    assert all("were raised to it" in w for w in described["warnings"])  # on a busy machine
+    assert described["warnings"] == []
     assert described["model"] == "tiny"
 
 
@@ -199,11 +199,11 @@ def test_tables_go_on_to_the_corners_of_a_policys_cells() -> None:
     """As a look-up beyond the table would: with the last slope, never downwards."""
     entry = {
         "axes": {"sequences": [1, 3], "kv_tokens": [1, 4]},
-        "seconds": [[1.0, 4.0], [2.0, 1.5]],
+        "seconds": [[1.0, 4.0], [2.0, 4.5]],
     }
     found = to_corners(entry)
     assert found["axes"] == {"sequences": [1, 3, 4], "kv_tokens": [0, 1, 4, 8]}
-    assert found["seconds"] == [[1.0, 1.0, 4.0, 8.0], [2.0, 2.0, 1.5, 1.5], [2.5, 2.5, 1.5, 1.5]]
+    assert found["seconds"] == [[1.0, 1.0, 4.0, 8.0], [2.0, 2.0, 4.5, 8.0], [2.5, 2.5, 4.75, 8.0]]
     assert [corner(n) for n in (1, 3, 4, 255, 256)] == [2, 4, 8, 256, 512]
 
 
