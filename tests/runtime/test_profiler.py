@@ -115,6 +115,15 @@ def test_the_table_says_where_it_comes_from(document: Document) -> None:
     assert document["contention"]["copy_bandwidth"] > 0
 
 
+def test_the_page_names_what_the_table_says_of_itself(document: Document) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/profile.md").read_text(encoding="utf-8")
+    section = page.partition("## Provenance\n")[2].partition("## ")[0]
+    assert set(re.findall(r"`(\w+)`", section)) - {"cost_model"} == set(document["provenance"])
+    measured = page.partition("| table | steps |\n")[2].partition("\n\n")[0]
+    named = {name for row in measured.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(document["tables"])
+
+
 def test_progress_goes_forward(document: Document, told: list[tuple[str, float]]) -> None:
     shares = [share for _, share in told]
     assert all(a <= b for a, b in pairwise(shares))
