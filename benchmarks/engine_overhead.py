@@ -13,44 +13,15 @@ import cProfile
 import pstats
 import statistics
 import time
-from typing import Any
 
-import torch
+from null_engine import build
 
-from neo.core.graph import StepGraph
-from neo.core.plan import StepPlan
-from neo.core.request import Tier
 from neo.core.view import Limits
-from neo.runtime.block_tables import BlockTables
-from neo.runtime.engine import Engine, EngineOptions
-from neo.runtime.executor import Sample, StepTimes
+from neo.runtime.engine import Engine
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.setup import EngineConfig, EngineParts
-from neo.runtime.step_inputs import StepInputs
 
 PROMPT = 32
-
-
-class NullExecutor:
-    """Computes nothing; every token is token 0."""
-
-    def __init__(self, tables: BlockTables, vocab: int) -> None:
-        self.tables = tables
-        self._logits = torch.zeros(1, vocab)
-
-    def run(
-        self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Any, sample: Sample
-    ) -> StepTimes:
-        begin = time.perf_counter()
-        if inputs.sampled:
-            sample(self._logits.expand(len(inputs.sampled), -1), inputs.sampled)
-        return StepTimes(begin, time.perf_counter(), [0.0] * len(graph.works))
-
-    def describe(self) -> dict[str, Any]:
-        return {"executor": "null"}
-
-    def close(self) -> None:
-        pass
 
 
 def fill(engine: Engine, sequences: int, tokens: int) -> None:
@@ -69,15 +40,6 @@ def run(engine: Engine, sequences: int) -> tuple[list[float], list[float]]:
             whole.append(seconds)
             schedule.append(engine.last.seconds[0])
     return whole[2:], schedule[2:]
-
-
-def null_engine(parts: EngineParts, policy: str) -> Engine:
-    system = parts.system(policy=policy)
-    scheduler = system.scheduler()
-    pools = scheduler.view.pools
-    tables = BlockTables(parts.spec.layers, 16, pools[Tier.GPU].total, pools[Tier.CPU].total)
-    executor = NullExecutor(tables, parts.spec.vocab)
-    return Engine(scheduler, executor, parts.spec.vocab, EngineOptions(1 << 20))
 
 
 def main() -> None:
@@ -106,7 +68,7 @@ def main() -> None:
             hardware="g5.16xlarge",
         )
         parts = EngineParts(config)
-        engine = null_engine(parts, name)
+        engine, _ = build(config, None)
         fill(engine, n, tokens)
         if args.profile:
             profiler = cProfile.Profile()

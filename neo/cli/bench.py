@@ -1,4 +1,7 @@
-"""``neo bench``: run a workload on the engine, in this process, and leave what ``neo simulate`` leaves."""
+"""``neo bench``: run a workload on the engine in this process, or with ``--url`` on a server.
+
+Either leaves what ``neo simulate`` leaves.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ import typer
 
 from neo.cli import engine_options as eng
 from neo.cli import options as opt
-from neo.cli.flags import key_values, options_by_policy, workload_of
+from neo.cli.bench_url import Client, run_url
+from neo.cli.flags import KEY_VARIABLE, key_values, options_by_policy, workload_of
 from neo.cli.runner import OpenLog, Output, Progress, Run, run_all
 from neo.core.errors import InputError
 from neo.core.view import Limits
@@ -66,8 +70,68 @@ Timeline = Annotated[
     ),
 ]
 
+Bubbles = Annotated[
+    bool,
+    typer.Option(
+        "--bubbles",
+        help="Report what GPU, CPU and links waited for; every operation is noted.",
+        rich_help_panel=opt.OUTPUT,
+    ),
+]
+
+
+SERVER = "A server instead of the engine"
+
+
+class Endpoint(StrEnum):
+    """Which of a server's interfaces is used."""
+
+    completions = "completions"
+    chat = "chat"
+
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        help="Send the workload to this OpenAI-compatible server, as http://127.0.0.1:8000.",
+        rich_help_panel=SERVER,
+    ),
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option(
+        "--concurrency",
+        help="With --url: N clients, each sending when its answer has ended (default: by arrival).",
+        min=1,
+        rich_help_panel=SERVER,
+    ),
+]
+EndpointOpt = Annotated[
+    Endpoint,
+    typer.Option(
+        "--endpoint",
+        help="With --url: completions sends token ids, chat sends text.",
+        rich_help_panel=SERVER,
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", help="With --url: the server's key.", envvar=KEY_VARIABLE, rich_help_panel=SERVER
+    ),
+]
+_ANY_TOKEN = 2**31
+_SERVER_ONLY = ("concurrency", "endpoint", "api_key")
+_ENGINE_ONLY = (
+    *("load_format", "dtype", "max_model_len", "gpu_threads", "cpu_threads", "cpu_cores", "backend", "ahead"),
+    *("policy", "policy_opt", "hardware", "cost", "cost_opt", "kv_gpu_blocks", "kv_cpu_blocks"),
+    *("kv_gpu_bytes", "kv_cpu_bytes", "block_size", "max_seqs", "max_batch_tokens", "warmup", "timeline"),
+)
+
 
 def bench(
+    ctx: typer.Context,
     trace: opt.Trace = None,
     format: opt.Format = None,
     prompt_lengths: opt.PromptLengths = None,
@@ -86,6 +150,8 @@ def bench(
     load_format: eng.LoadWeights = None,
     dtype: eng.Dtype = None,
     max_model_len: eng.MaxModelLen = None,
+    device: eng.Device = eng.Devices.auto,
+    gpu_memory: eng.GpuMemory = None,
     gpu_threads: eng.GpuThreads = None,
     cpu_threads: eng.CpuThreads = None,
     cpu_cores: eng.CpuCores = None,
@@ -107,12 +173,21 @@ def bench(
     out: opt.Out = None,
     plots: opt.Plots = True,
     timeline: Timeline = 0,
+    bubbles: Bubbles = False,
     slo: opt.Slo = None,
     drop_first: opt.DropFirst = 0.0,
     as_json: opt.AsJson = False,
     quiet: opt.Quiet = False,
+    url: Url = None,
+    concurrency: Concurrency = None,
+    endpoint: EndpointOpt = Endpoint.completions,
+    api_key: ApiKey = None,
 ) -> None:
-    """Run a workload on the engine, in real time; with several --policy, one after the other."""
+    """Run a workload on the engine, in real time; with several --policy, one after the other.
+
+    With --url, send it to a server instead.
+    """
+    _check_flags(ctx, url)
     if timeline and out is None:
         raise InputError("--timeline needs --out DIR to write timeline.json into")
     if token_ids is TokenIds.trace and trace is None:
@@ -120,8 +195,6 @@ def bench(
     workload = workload_of(
         trace, format, limit, prompt_lengths, output_lengths, requests, arrivals, rate, speedup, cv, seed
     )
-    names = policy or ["neo"]
-    options = options_by_policy(names, key_values(policy_opt, "--policy-opt"))
     output = Output(
         out,
         plots,
@@ -130,11 +203,29 @@ def bench(
         tuple(portable_command(sys.argv[1:])),
         timeline,
     )
+    if url is not None:
+        client = Client(
+            url,
+            model if _given(ctx, "model") else None,
+            endpoint.value,
+            api_key,
+            concurrency,
+            temperature,
+            timeout,
+            seed,
+            _given_prompts(trace, workload, endpoint) if token_ids is TokenIds.trace else None,
+        )
+        run_url(workload, client, output, quiet, as_json)
+        return
+    names = policy or ["neo"]
+    options = options_by_policy(names, key_values(policy_opt, "--policy-opt"))
     config = eng.engine_config(
         model=model,
         load_format=load_format,
         dtype=dtype,
         max_model_len=max_model_len,
+        device=device,
+        gpu_memory=gpu_memory,
         gpu_threads=gpu_threads,
         cpu_threads=cpu_threads,
         cpu_cores=cpu_cores,
@@ -156,9 +247,41 @@ def bench(
     parts = _load(config, workload)
     systems = [parts.system(policy=n, policy_options=options[n]) for n in names]
     how = Measured(
-        parts, _prompts(token_ids, trace, workload, parts, seed), token_ids, replayed, warmup, timeline
+        parts,
+        _prompts(token_ids, trace, workload, parts, seed),
+        token_ids,
+        replayed,
+        warmup,
+        timeline,
+        bubbles,
     )
     run_all([MeasuredRun(s, workload, seed, how) for s in systems], output, quiet, as_json)
+
+
+def _given(ctx: typer.Context, name: str) -> bool:
+    """Whether a flag is on the command line: not its default, nor from the environment."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_flags(ctx: typer.Context, url: str | None) -> None:
+    """Refuse flags of the engine where a server is asked, and the other way round."""
+    wrong = _SERVER_ONLY if url is None else _ENGINE_ONLY
+    flags = {p.name: p.opts[0] for p in ctx.command.params}
+    for name in wrong:
+        if _given(ctx, name):
+            why = "needs --url" if url is None else "is not for --url: the server has its own"
+            raise InputError(f"{flags[name]} {why}")
+
+
+def _given_prompts(trace: Path | None, workload: Workload, endpoint: Endpoint) -> Prompts:
+    """The token ids of a trace; whether the server's vocabulary has them, the server knows."""
+    from neo.runtime.prompts import read_prompts
+
+    if endpoint is Endpoint.chat:
+        raise InputError("--token-ids trace: --endpoint chat sends text; use --endpoint completions")
+    assert trace is not None
+    return read_prompts(trace, workload, _ANY_TOKEN)
 
 
 def _load(config: EngineConfig, workload: Workload) -> EngineParts:
@@ -193,6 +316,7 @@ class Measured:
     options: ReplayOptions
     warmup: bool
     timeline: int
+    bubbles: bool
 
 
 class MeasuredRun(Run["Replay"]):
@@ -209,7 +333,7 @@ class MeasuredRun(Run["Replay"]):
         how = self.how
         if how.warmup:
             warm_up(how.parts, self.system)
-        engine = how.parts.engine(self.system, slices_of=how.timeline)
+        engine = how.parts.engine(self.system, slices_of=sys.maxsize if how.bubbles else how.timeline)
         stack.callback(engine.close)
         if note := _note(engine):
             print(f"note: {note}", file=sys.stderr)
@@ -219,7 +343,16 @@ class MeasuredRun(Run["Replay"]):
             "max_model_len": engine.options.max_model_len,
             "zero": 0,
         }
-        replay = Replay(engine, self.workload, how.prompts, how.options, log(header), progress)
+        replay = Replay(
+            engine,
+            self.workload,
+            how.prompts,
+            how.options,
+            log(header),
+            progress,
+            timeline_steps=how.timeline,
+            bubbles=how.bubbles,
+        )
         stack.callback(replay.close)
         return replay
 

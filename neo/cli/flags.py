@@ -11,6 +11,9 @@ from neo.core.plugins import close_matches
 from neo.policy.registry import policy_class, policy_options
 from neo.workload import Workload, apply_arrivals, read_trace, synthetic
 
+KEY_VARIABLE = "NEO_API_KEY"
+"""Where servers and their clients look for the API key."""
+
 
 def workload_of(
     trace: Path | None,

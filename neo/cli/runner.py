@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from neo.cli.flags import folder_of
 from neo.core.errors import InputError, NeoError
@@ -24,7 +24,10 @@ from neo.sim.driver import Simulation
 from neo.sim.setup import System, simulation
 from neo.workload import Workload
 
-_PICTURES = ("latency", "kv", "batch", "utilization", "comparison")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PICTURES = ("latency", "kv", "batch", "utilization", "bubbles", "comparison")
 _OWN_FILES = (
     *("summary.json", "requests.csv", "steps.jsonl", "timeline.json"),
     *(f"{name}.{ending}" for name in _PICTURES for ending in ("svg", "png")),
@@ -115,8 +118,10 @@ class SimulatedRun(Run[Simulation]):
         timeline: int,
         repeat: bool,
         timeout_s: float | None,
+        bubbles: bool = False,
     ) -> None:
         super().__init__(system, workload, seed)
+        self.bubbles = bubbles
         self.level = level
         self.timeline = timeline
         self.repeat = repeat
@@ -133,6 +138,7 @@ class SimulatedRun(Run[Simulation]):
             repeat=self.repeat,
             timeout_s=self.timeout_s,
             progress=progress,
+            bubbles=self.bubbles,
         )
 
     def about(self, driver: Simulation) -> dict[str, Any]:
@@ -153,7 +159,7 @@ class Runner:
         run = self._run
         with ExitStack() as stack:
             label = run.system.config.policy
-            progress = _progress(stack, label, len(run.workload)) if show_progress else None
+            progress = progress_bar(stack, label, len(run.workload)) if show_progress else None
             driver: Driver = run.prepare(stack, lambda header: self._log(stack, header), progress)
             try:
                 driver.run()
@@ -169,25 +175,15 @@ class Runner:
         directory = self.output.directory
         if directory is None:
             return None
+        open_results(directory)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            for name in _OWN_FILES:  # nothing of an earlier run may stand beside this one
-                (directory / name).unlink(missing_ok=True)
             file = stack.enter_context(
                 (directory / "steps.jsonl").open("w", encoding="utf-8", buffering=1 << 20)
             )
-            self._keep_cost_table(directory)
         except OSError as error:
             raise InputError(f"cannot write into --out {directory}: {error.strerror}") from error
+        keep_cost_table(self._run.system.config.cost_model, directory)
         return RunLog(file, header)
-
-    def _keep_cost_table(self, directory: Path) -> None:
-        """The table that decisions were made with stays with them: ``neo validate`` looks for it here."""
-        kind, _, path = self._run.system.config.cost_model.partition(":")
-        if kind == "profiled":
-            table = Path(path).expanduser()
-            if table.parent.resolve() != directory.resolve():
-                shutil.copyfile(table, directory / table.name)
 
     def _finish(self, driver: Driver, wall_time_s: float) -> RunResult:
         output, record = self.output, driver.record
@@ -195,15 +191,44 @@ class Runner:
         if output.directory is not None:
             write_run(output.directory, record, meta, output.slo, output.drop_first)
             if output.timeline:
+                from neo.report.bubbles import waits
                 from neo.report.timeline import write_timeline
 
-                write_timeline(record.slices, output.directory / "timeline.json")
+                more = waits(record.slices) if record.bubbles is not None else []
+                write_timeline([*record.slices, *more], output.directory / "timeline.json")
             if output.plots and record.columns.steps:
                 from neo.report.plots import plot_run
 
                 directory = output.directory
                 try_plot(lambda: plot_run(record, meta, directory))
+                if record.bubbles is not None:
+                    _plot_bubbles(
+                        {meta.policy: record.bubbles}, directory, f"{meta.model} on {meta.hardware}"
+                    )
         return run_result(record, meta, output.slo, output.drop_first)
+
+
+def open_results(directory: Path, flag: str = "--out") -> None:
+    """Make a run's directory, or clear it of an earlier run's files; InputError if that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in _OWN_FILES:  # nothing of an earlier run may stand beside this one
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {flag} {directory}: {error.strerror}") from error
+
+
+def keep_cost_table(cost_model: str, directory: Path) -> None:
+    """The table that decisions are made with stays with them: ``neo validate`` looks for it here."""
+    kind, _, path = cost_model.partition(":")
+    if kind != "profiled":
+        return
+    table = Path(path).expanduser()
+    try:
+        if table.parent.resolve() != directory.resolve():
+            shutil.copyfile(table, directory / table.name)
+    except OSError as error:
+        raise InputError(f"cannot copy {table} into {directory}: {error.strerror or error}") from error
 
 
 def run_all(runs: Sequence[Run[Any]], output: Output, quiet: bool, as_json: bool) -> None:
@@ -218,12 +243,13 @@ def run_all(runs: Sequence[Run[Any]], output: Output, quiet: bool, as_json: bool
             results.append(runner.run(show_progress=not quiet and not as_json))
         except (NeoError, KeyboardInterrupt):
             if results:  # what the policies before this one gave is not lost
-                _show(results, replace(output, plots=False), as_json)
+                show(results, replace(output, plots=False), as_json)
             raise
-    _show(results, output, as_json)
+    show(results, output, as_json)
 
 
-def _show(results: list[RunResult], output: Output, as_json: bool) -> None:
+def show(results: list[RunResult], output: Output, as_json: bool) -> None:
+    """Print one run, or several side by side, and what to know of them; several are plotted together."""
     summaries = [r.summary for r in results]
     if as_json:
         for summary in summaries:
@@ -232,7 +258,7 @@ def _show(results: list[RunResult], output: Output, as_json: bool) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(result_table(summaries[0]) if len(summaries) == 1 else comparison_table(summaries))
+    show_tables(summaries, console)
     for warning in dict.fromkeys(w for s in summaries for w in s.get("warnings", ())):
         print(f"warning: {warning}", file=sys.stderr)
     if output.directory is not None:
@@ -240,10 +266,40 @@ def _show(results: list[RunResult], output: Output, as_json: bool) -> None:
             from neo.report.plots import plot_comparison
 
             try_plot(lambda: plot_comparison(results, output.directory or "."))
+            if found := bubbles_of(summaries):
+                _plot_bubbles(found, output.directory)
         console.print(f"Results in {output.directory}", highlight=False)
 
 
-def _progress(stack: ExitStack, label: str, total: int) -> Progress | None:
+def show_tables(summaries: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A run, or several beside the first; then what their resources waited for, where that was asked for."""
+    console.print(result_table(summaries[0]) if len(summaries) == 1 else comparison_table(summaries))
+    if found := bubbles_of(summaries):
+        from neo.report.bubbles import bubble_table
+
+        console.print(bubble_table(found))
+
+
+def bubbles_of(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Mapping[str, float]]]:
+    """Bubble reports by run, of the runs that have one."""
+    names = [f"{s['policy']}" if s["kind"] == "simulated" else f"{s['policy']}, measured" for s in summaries]
+    found: dict[str, Mapping[str, Mapping[str, float]]] = {}
+    for i, summary in enumerate(summaries):
+        if "bubbles" in summary["metrics"]:
+            name = names[i] if names.count(names[i]) == 1 else f"{names[i]} ({i + 1})"
+            found[name] = summary["metrics"]["bubbles"]
+    return found
+
+
+def _plot_bubbles(
+    found: Mapping[str, Mapping[str, Mapping[str, float]]], directory: Path, subtitle: str = ""
+) -> None:
+    from neo.report.bubbles import plot_bubbles
+
+    try_plot(lambda: plot_bubbles(found, directory / "bubbles", subtitle))
+
+
+def progress_bar(stack: ExitStack, label: str, total: int) -> Progress | None:
     """A callback that moves a progress bar; None where nobody watches."""
     if not sys.stderr.isatty():
         return None

@@ -15,7 +15,8 @@ import typer
 
 from neo.cli import engine_options as eng
 from neo.cli import options as opt
-from neo.cli.flags import key_values, options_by_policy, size_of
+from neo.cli.flags import KEY_VARIABLE, key_values, options_by_policy, size_of
+from neo.cli.runner import keep_cost_table, open_results
 from neo.core.errors import InputError
 from neo.core.view import Limits
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from neo.core.record import RunRecord
     from neo.system.config import System
 
-KEY_VARIABLE = "NEO_API_KEY"
 _NETWORK, _LOGS = "Network and limits", "Logs and records"
 _NEEDED = ("torch", "transformers", "tokenizers", "fastapi", "uvicorn", "msgspec", "prometheus_client")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -108,6 +108,8 @@ def serve(
     cost: opt.Cost = "roofline",
     cost_opt: opt.CostOpt = None,
     backend: eng.Backend = eng.Kernels.auto,
+    device: eng.Device = eng.Devices.auto,
+    gpu_memory: eng.GpuMemory = None,
     gpu_threads: eng.GpuThreads = None,
     cpu_threads: eng.CpuThreads = None,
     cpu_cores: eng.CpuCores = None,
@@ -158,6 +160,8 @@ def serve(
         load_format=load_format,
         dtype=dtype,
         max_model_len=max_model_len,
+        device=device,
+        gpu_memory=gpu_memory,
         gpu_threads=gpu_threads,
         cpu_threads=cpu_threads,
         cpu_cores=cpu_cores,
@@ -186,6 +190,9 @@ def serve(
     )
     if host not in _LOOPBACK and not keys:
         print(f"warning: {host} may be reached from other machines, and no --api-key is set", file=sys.stderr)
+    if record is not None:
+        open_results(record, "--record")
+        keep_cost_table(cost, record)
     launch = Launch(config, record_dir=record, write_results=write_results)
     code = run_server(
         ServeConfig(
@@ -231,8 +238,11 @@ def _announce(address: str, model: str, locked: bool) -> None:
     print(f"Try: {shlex.join(lines)}{key} -d {shlex.quote(body)}", flush=True)
 
 
-def write_results(folder: Path, record: RunRecord, system: System) -> None:
-    """Write ``summary.json`` and ``requests.csv`` beside the run log, as ``neo validate`` reads them."""
+def write_results(folder: Path, record: RunRecord, system: System, engine: dict[str, Any]) -> None:
+    """Write ``summary.json`` and ``requests.csv`` beside the run log, as ``neo validate`` reads them.
+
+    Called in the engine's process; ``engine`` is its executor's description.
+    """
     from neo.report.files import RunMeta, write_run
 
     started = [r.arrival_s for r in record.requests]
@@ -253,6 +263,7 @@ def write_results(folder: Path, record: RunRecord, system: System) -> None:
             limits=system.describe()["limits"],
             layers=system.model.layers,
             tensor_parallel=system.model.tp,
+            engine=engine,
             warnings=described.get("warnings", ()),
             command=("serve",),
             wall_time_s=record.end_s - record.start_s,

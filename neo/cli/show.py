@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from neo.cli import options as opt
+from neo.cli.runner import show_tables
 from neo.core.errors import InputError
 from neo.report.files import SUMMARY_FILE, read_summary
 from neo.report.tables import comparison_table, result_table
@@ -27,7 +28,7 @@ def show(runs: Runs, as_json: opt.AsJson = False) -> None:
         _check(run / SUMMARY_FILE if run.is_dir() else run, summary)
     from rich.console import Console
 
-    Console().print(result_table(summaries[0]) if len(summaries) == 1 else comparison_table(summaries))
+    show_tables(summaries, Console())
 
 
 def _check(path: Path, summary: dict[str, Any]) -> None:

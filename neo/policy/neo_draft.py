@@ -11,6 +11,7 @@ from neo.core.plan import Evict, KVMove, PrefillChunk, Reject, StepPlan, SubBatc
 from neo.core.request import Request, Tier
 from neo.core.view import SystemView
 from neo.policy.estimate import StageTimes
+from neo.policy.host_target import HostTarget
 
 if TYPE_CHECKING:
     from neo.policy.neo import NeoOptions
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 class Draft:
     """The two sub-batches of one step in the making."""
 
-    def __init__(self, view: SystemView, times: StageTimes, options: NeoOptions) -> None:
+    def __init__(self, view: SystemView, times: StageTimes, target: HostTarget, options: NeoOptions) -> None:
         self.view = view
         self.times = times
+        self.target = target
         self.options = options
         self.gpu, self.cpu = view.pools[Tier.GPU], view.pools[Tier.CPU]
         self.layers = view.model.layers
@@ -37,6 +39,9 @@ class Draft:
         # What CPU-bound prefills under way still need is theirs.
         under_way = [r for r in view.prefilling if r.tier is Tier.CPU]
         self.cpu_free = self.cpu.free - sum([view.growth(r, r.remaining_prefill) for r in under_way])
+        # Blocks of one layer that KV may take on its way to the CPU: set aside for good, or free ones.
+        self.ring = 0 if self.gpu.staging_layers else 1
+        self.staging = self.gpu.staging_blocks
         self.attention_s = 0.0
         self.forced = self._starving()
 
@@ -104,25 +109,39 @@ class Draft:
         view = self.view
         budget = self._prefill_budget()
         slots = view.limits.max_seqs - len(self.gpu_decodes)
-        staging = self.gpu.staging_blocks
+        if self.ring:
+            self.staging = self._free_at_start()
         gone = {e.request.id for e in self.evict}
-        size = view.limits.block_size
+        admits = not self.evict
         for r in view.prefilling:
             if r.id in gone:
                 continue
             length = min(r.remaining_prefill, budget)
             if length <= 0 or slots <= 0:
                 break
-            if r.tier is Tier.CPU:
-                staged = blocks_for(r.computed + length, size)
-                if staged > staging:
-                    continue
-                staging -= staged
+            if r.tier is Tier.CPU and not self._stage(r.computed + length):
+                admits = admits and not self.ring  # blocks that become free are for this one
+                continue
             self.chunks.append(PrefillChunk(r, r.computed, length, r.tier or Tier.GPU))
             budget -= length
             slots -= 1
-        if not self.evict:
-            self._admit(budget, slots, staging)
+        if admits:
+            self._admit(budget, slots)
+
+    def _free_at_start(self) -> int:
+        """GPU layer-blocks free when the step begins: what moves out leaves too late for staging."""
+        gone = sum([self.gpu.held(e.request.id) for e in self.evict])
+        come = [self.view.layer_blocks(m.request.computed) for m in self.moves if m.dst is Tier.GPU]
+        return max(0, self.gpu.free + gone - sum(come))
+
+    def _stage(self, tokens: int) -> bool:
+        """Take the staging room of a request's KV on its way to the CPU; False if there is too little."""
+        blocks = blocks_for(tokens, self.view.limits.block_size)
+        if blocks > self.staging or self.ring * blocks > self.gpu_free:
+            return False
+        self.staging -= blocks
+        self.gpu_free -= self.ring * blocks
+        return True
 
     def _prefill_budget(self) -> int:
         limits = self.view.limits
@@ -132,9 +151,9 @@ class Draft:
             return room
         return max(0, min(room, self.options.token_budget - decodes))
 
-    def _admit(self, budget: int, slots: int, staging: int) -> None:
-        view, size = self.view, self.view.limits.block_size
-        offload = self.options.eager or self._pays(len(view.waiting))
+    def _admit(self, budget: int, slots: int) -> None:
+        view = self.view
+        room: int | None = None  # how many more may go to the CPU; asked for when the first would
         to_cpu = self.forced  # a starving request is to get the GPU's next room
         watermark = int(self.gpu.total * self.options.watermark)
         cpu_watermark = int(self.cpu.total * self.options.watermark)
@@ -155,32 +174,32 @@ class Draft:
                 self.gpu_free -= blocks
                 dst = Tier.GPU
             else:
-                if not offload:
+                room = self._host_room() if room is None else room
+                if room <= 0:
                     break
                 to_cpu = True
-                staged = blocks_for(length, size)
                 spare = cpu_watermark if self.cpu_candidates or self.chunks else 0
-                if blocks > self.cpu_free - spare or staged > staging or view.never_fits(r, (Tier.CPU,)):
+                if blocks > self.cpu_free - spare or view.never_fits(r, (Tier.CPU,)):
                     break
-                staging -= staged
+                if not self._stage(length):
+                    break
                 self.cpu_free -= blocks
+                room -= 1
                 dst = Tier.CPU
             self.chunks.append(PrefillChunk(r, 0, length, dst))
             budget -= length
             slots -= 1
 
-    def _pays(self, waiting: int) -> bool:
-        """Whether there are enough requests for two sub-batches to pay.
-
-        The second one reads all weights again, so that n CPU decodes beside m GPU decodes bring more tokens
-        per second only if (m + n) / (2 Tl + Tga) > m / (Tl + Tga). With fewer, KV on the CPU would just wait
-        there, its prefill done at the expense of those who run.
-        """
-        count = len(self.gpu_decodes)
-        kv = sum([r.computed for r in self.gpu_decodes]) + count
-        linear = self.times.linear(max(count, 1))
-        attention = self.times.gpu_attention((), count, kv)
-        return len(self.cpu_candidates) + waiting >= count * linear / (linear + attention)
+    def _host_room(self) -> int:
+        """How many more requests may be sent to the CPU."""
+        view = self.view
+        if self.options.eager:
+            return len(view.waiting)
+        budget = view.limits.max_batch_tokens
+        if self.options.prefill != "whole":
+            budget = min(budget, self.options.token_budget)
+        there = len(self.cpu_candidates) + sum([r.tier is Tier.CPU for r in view.prefilling])
+        return self.target.of(view, budget) - there
 
     def _starving(self) -> bool:
         if not self.cpu_candidates:
@@ -343,15 +362,25 @@ class Draft:
         if not (first or second):
             return self._plan((gpu_only,), "gpu-only")
         rate, alone = self.rates()
-        if alone >= rate and not self.forced:
+        if alone * self._crowding() >= rate and not self.forced:
             return self._plan((gpu_only,), f"gpu-only: {alone:.0f} >= {rate:.0f} pipelined")
         batches: tuple[SubBatch, ...] = (SubBatch(chunks, decodes, tuple(first)),)
         if second:
             batches += (SubBatch(cpu_decode=tuple(second)),)
         return self._plan(batches, f"pipelined: {rate:.0f} > {alone:.0f} gpu-only")
 
+    def _crowding(self) -> float:
+        """By how much more CPU decodes must bring for the mean time in the system not to grow.
+
+        (S + W) / X of ``neo.policy.host_target``: with them W is larger.
+        """
+        if self.options.worth != "time":
+            return 1.0
+        extra = len(self.cpu_decodes[0]) + len(self.cpu_decodes[1])
+        return 1.0 + extra / (len(self.view.requests) + len(self.gpu_decodes) + len(self.chunks))
+
     def rates(self) -> tuple[float, float]:
-        """Estimated worth per second with the CPU decodes, and without; see ``NeoOptions.worth``."""
+        """Estimated worth per second with the CPU decodes, and without them; see ``NeoOptions.worth``."""
         times, (first, second) = self.times, self.cpu_decodes
         prefilled = sum([c.length for c in self.chunks])
         own = len(self.gpu_decodes) + prefilled
@@ -366,6 +395,8 @@ class Draft:
             layer = linear0 + max(self.attention_s, cpu0)
         pipelined = self.layers * layer + times.around(own + extra, rows + extra, rows + extra)
         alone = self.layers * (times.linear(own) + self.attention_s) + times.around(own, rows, rows)
+        if self.options.worth == "requests":  # one token comes out of each, and none of an unfinished prompt
+            prefilled = sum([c.length == c.request.remaining_prefill for c in self.chunks])
         decode = self.decode_worth() if self.options.worth == "time" else 1.0
         worth = prefilled + decode * len(self.gpu_decodes)
         return (worth + decode * extra) / pipelined, worth / alone
@@ -400,4 +431,5 @@ class Draft:
     def _plan(self, batches: tuple[SubBatch, ...], why: str) -> StepPlan:
         if not batches:
             return StepPlan(reject=tuple(self.reject), why=why)
-        return StepPlan(batches, tuple(self.moves), tuple(self.evict), tuple(self.reject), why)
+        ring = self.ring if any(c.dst is Tier.CPU for c in batches[0].prefill) else 0
+        return StepPlan(batches, tuple(self.moves), tuple(self.evict), tuple(self.reject), why, ring=ring)

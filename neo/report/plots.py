@@ -35,12 +35,16 @@ MODES = (
 def plot_run(record: RunRecord, meta: RunMeta, out_dir: str | Path) -> list[Path]:
     """Draw one run: ``latency``, ``kv``, ``batch`` and ``utilization``, each as .svg and .png in ``out_dir``.
 
+    Of a run without step rows (a server's, seen from outside) only ``latency`` can be drawn.
+
     Raises:
         InputError: matplotlib is missing, or ``out_dir`` cannot be written.
     """
     out = Path(out_dir)
     with style.drawing():
         figures = {"latency": _latency(record, meta)}
+        if not record.columns.steps:
+            return style.save(figures["latency"], out / "latency")
         bins, scale, unit = _time_bins(record)
         rows = step_columns(record)
         figures["kv"] = _kv(record, meta, bins, rows)

@@ -18,10 +18,10 @@ CPU, GPU = Tier.CPU, Tier.GPU
 
 
 def scene(
-    name: str, *, cost: ToyCost | None = None, **sizes: Any
+    name: str, *, cost: ToyCost | None = None, options: dict[str, str] | None = None, **sizes: Any
 ) -> tuple[Scheduler, Callable[[], StepPlan]]:
     """A scheduler to set up by hand, and the policy's plan for what it then is."""
-    policy = BUILT_IN[name]()
+    policy = BUILT_IN[name](**(options or {}))
     scheduler = make_scheduler(Fixed(staging_layers=getattr(policy, "staging_layers", 0)), cost=cost, **sizes)
 
     def plan() -> StepPlan:
@@ -92,7 +92,7 @@ def test_neo_plans_as_gpu_only_while_all_fits() -> None:
 
 
 def test_neo_swaps_the_newest_out_until_the_others_fit() -> None:
-    s, plan = scene("neo/chunked", gpu=8, cpu=40)  # 6 blocks remain beside the staging layer
+    s, plan = scene("neo/chunked", gpu=6, cpu=40)
     a, b, c = (decoding(s, name, max_tokens=9) for name in "abc")
     got = plan()
     assert [(m.request, m.dst, m.layers) for m in got.moves] == [(c, CPU, None)]
@@ -101,7 +101,7 @@ def test_neo_swaps_the_newest_out_until_the_others_fit() -> None:
 
 
 def test_neo_preempts_where_host_memory_is_full_too() -> None:
-    s, plan = scene("neo/chunked", gpu=8, cpu=1)
+    s, plan = scene("neo/chunked", gpu=6, cpu=1)
     a, b, c = (decoding(s, name, max_tokens=9) for name in "abc")
     got = plan()
     assert [e.request for e in got.evict] == [c]
@@ -118,7 +118,8 @@ def test_neo_swaps_the_oldest_in_and_never_in_both_directions() -> None:
 
 
 def test_neo_puts_prefills_on_the_cpu_behind_the_first_that_does_not_fit() -> None:
-    s, plan = scene("neo/chunked", gpu=10, cpu=60, cost=ToyCost(cpu=0.02))  # 8 blocks remain
+    eager = {"eager": "true"}
+    s, plan = scene("neo/chunked", gpu=10, cpu=60, options=eager)  # 8 blocks remain beside the staging layer
     decoding(s, "a", max_tokens=9)
     for name, prompt in (("b", 10), ("c", 14), ("d", 3)):
         s.add(Request(name, prompt, 4))

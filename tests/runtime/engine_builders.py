@@ -73,11 +73,12 @@ def make_engine(
     kind: Any = "auto",
     threads: int = 1,
     slices_of: int = 0,
+    graphs: bool = True,
     log: Any = None,
     record: Any = None,
     **options: Any,
 ) -> Engine:
-    """An engine of ``gpu`` and ``cpu`` blocks; ``kind`` names the backend.
+    """An engine of ``gpu`` and ``cpu`` blocks; ``kind`` names the backend, or is ``cuda``.
 
     torch gets one thread: a test's matrices are too small to be shared out.
     """
@@ -89,16 +90,32 @@ def make_engine(
     tables = BlockTables(
         spec.layers, budget.block_size, pools[Tier.GPU].total, pools[Tier.CPU].total, slots=2
     )
-    executor = CpuExecutor(
-        model,
-        backend(kind, 1),
-        tables,
-        (pools[Tier.GPU].staging_layers, pools[Tier.GPU].staging_blocks),
-        CpuExecutorOptions(threads, spin_us=SPIN_US),
-        slices_of,
-    )
+    staging = pools[Tier.GPU].staging_layers, pools[Tier.GPU].staging_blocks
+    executor: Any
+    if kind == "cuda":
+        executor = cuda_executor(model, tables, budget, staging, threads, slices_of, graphs)
+    else:
+        executor = CpuExecutor(
+            model, backend(kind, 1), tables, staging, CpuExecutorOptions(threads, spin_us=SPIN_US), slices_of
+        )
     most = {"max_model_len": model.config.max_positions, **options}
     return Engine(scheduler, executor, spec.vocab, EngineOptions(**most), log=log, record=record)
+
+
+def cuda_executor(
+    model: Model,
+    tables: BlockTables,
+    limits: Limits,
+    staging: tuple[int, int],
+    threads: int,
+    slices_of: int,
+    graphs: bool,
+) -> Any:
+    """An executor on a GPU, for a model that is there."""
+    from neo.runtime.cuda_executor import CudaExecutor, CudaExecutorOptions
+
+    options = CudaExecutorOptions(limits.max_batch_tokens, limits.max_seqs, threads, graphs=graphs)
+    return CudaExecutor(model, tables, options, staging, slices_of)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from neo.core.request import FinishReason, Tier
 from neo.core.view import Limits
 from neo.policy.gpu_only import GpuOnly
 from neo.policy.registry import load_policy
-from neo.runtime import cpu_library, kv_memory, setup
+from neo.runtime import cpu_library, device, kv_memory
 from neo.runtime.backend_torch import TorchJob
 from neo.runtime.engine import Engine
 from neo.runtime.errors import EngineError
@@ -298,7 +298,7 @@ def test_kv_memory_that_does_not_fit_is_refused_with_the_numbers(
     parts = parts_of(preset, kv_gpu_blocks=3000, kv_cpu_blocks=3000, limits=Limits(block_size=16))
     block = 16 * parts.spec.kv_bytes_per_token
     reserved: list[int] = []
-    monkeypatch.setattr(setup, "available_bytes", lambda: 5000 * block)
+    monkeypatch.setattr(device, "available_bytes", lambda: 5000 * block)
     monkeypatch.setattr(kv_memory.mmap, "mmap", lambda _fd, size: reserved.append(size))
     with pytest.raises(InputError) as told:
         parts.engine(parts.system())
@@ -311,13 +311,13 @@ def test_staging_buffers_count(preset: str, monkeypatch: pytest.MonkeyPatch) -> 
     """`neo` takes its staging layer out of the GPU's blocks: the whole is what was asked for, not more."""
     parts = parts_of(preset, kv_gpu_blocks=90, kv_cpu_blocks=10, policy="neo")
     block = 16 * parts.spec.kv_bytes_per_token
-    monkeypatch.setattr(setup, "available_bytes", lambda: 100 * block)
+    monkeypatch.setattr(device, "available_bytes", lambda: 100 * block)
     engine = parts.engine(parts.system())
     reserved = engine.executor.describe()["kv_bytes"]
     engine.close()
     assert 89 * block < reserved["gpu"] <= 90 * block
     assert reserved["cpu"] == 10 * block
-    monkeypatch.setattr(setup, "available_bytes", lambda: 100 * block - block // 2)
+    monkeypatch.setattr(device, "available_bytes", lambda: 100 * block - block // 2)
     monkeypatch.setattr(kv_memory, "available_bytes", lambda: 100 * block - block // 2)
     with pytest.raises(InputError, match="give fewer blocks"):
         parts.engine(parts.system())

@@ -18,6 +18,7 @@ import httpx
 
 _LONG_S = 120.0  # for a machine that is busy; nothing here waits so long unless something hangs
 MODEL = "neo-tiny"
+QUEUE = 1000  # requests that may wait in the server that tests share
 
 
 class Served:

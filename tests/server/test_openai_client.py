@@ -13,6 +13,7 @@ pytest.importorskip("openai", reason="its client is what is tested")
 import openai
 from serving import MODEL, Served, stream_of
 
+from neo import __version__
 from neo.runtime import tiny
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.setup import EngineConfig, EngineParts
@@ -142,6 +143,7 @@ def test_errors_name_the_field(client: Any) -> None:
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"prompt": [1, 999]}, "prompt"),
+        ({"prompt": [[1], [-(10**30)]], "echo": True}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": "a" * 2048}, "prompt"),
         ({"logit_bias": {"999": 1}}, "logit_bias"),
@@ -187,6 +189,26 @@ def test_tokenize_and_detokenize(server: Served) -> None:
     assert chat["count"] == len("What is a KV cache?") + 3
     assert server.post("/tokenize").json()["error"]["param"] == "prompt"
     assert server.post("/detokenize", tokens=[999]).json()["error"]["param"] == "tokens"
+
+
+def test_the_other_endpoints_through_the_client(client: Any, server: Served) -> None:
+    root = client.with_options(base_url=server.url)
+    asked = {"model": MODEL, "prompt": "hé"}
+    tokens = root.post("/tokenize", cast_to=object, body=asked)["tokens"]
+    assert tokens == [104, 195, 169]
+    text = root.post("/detokenize", cast_to=object, body={"model": MODEL, "tokens": tokens})
+    assert text == {"prompt": "hé"}
+    assert root.get("/health", cast_to=object) == {"status": "ok"}
+    assert root.get("/version", cast_to=object) == {"version": __version__}
+    assert "neo:num_requests_running" in root.get("/metrics", cast_to=str)
+
+
+def test_every_endpoint_is_in_the_description(server: Served) -> None:
+    described = server.http.get("/openapi.json").json()["paths"]
+    assert {f"{method} {path}" for path, methods in described.items() for method in methods} == {
+        *("post /v1/completions", "post /v1/chat/completions", "post /tokenize", "post /detokenize"),
+        *("get /v1/models", "get /v1/models/{name}", "get /health", "get /metrics", "get /version"),
+    }
 
 
 BENCHMARKS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -19,9 +20,9 @@ from typing import Any
 import failing_policy
 import httpx
 import pytest
-from serving import MODEL, Served, events_of, serving
+from serving import MODEL, QUEUE, Served, events_of, serving
 
-from neo.runtime.server.load import HttpError, Target, events
+from neo.runtime.server.client import HttpError, Target, events
 
 HERE = Path(__file__).parent
 ENDLESS = {"prompt": "Once upon", "max_tokens": 2000, "ignore_eos": True, "stream": True}
@@ -67,23 +68,47 @@ def own(tmp_path: Path) -> Iterator[Served]:
 
 
 def test_two_thousand_streams_at_once(server: Served) -> None:
-    """More than the machine can run at once: they wait, all end, and everyone gets their own tokens."""
+    """More than may wait: they come again when they are told to, all end, and each gets its own tokens."""
     clients, target = 2000, Target(server.url, MODEL)
     words = ["Once upon a time", "San Francisco is", "To be, or not to", "The capital of France"]
     expected = [server.complete(prompt=w, temperature=0, max_tokens=8)["choices"][0]["text"] for w in words]
     assert len(set(expected)) == len(words)
+    refused = longest = 0
 
     async def one(i: int) -> str:
+        nonlocal refused
         body = {"model": MODEL, "prompt": words[i % 4], "temperature": 0, "max_tokens": 8, "stream": True}
-        found = [data async for data in events(target, "/v1/completions", body)]
-        assert found.pop() == b"[DONE]"
-        return "".join([json.loads(data)["choices"][0]["text"] for data in found])
+        while True:
+            try:
+                found = [data async for data in events(target, "/v1/completions", body)]
+            except HttpError as error:
+                if error.status != 503:
+                    raise
+                refused += 1
+                await asyncio.sleep(int(error.retry_after))
+                continue
+            assert found.pop() == b"[DONE]"
+            return "".join([json.loads(data)["choices"][0]["text"] for data in found])
+
+    async def watch() -> None:
+        nonlocal longest
+        while True:
+            async for page in events(target, "/metrics", None, "GET"):
+                waiting = re.search(rb"^neo:num_requests_waiting\S* (\S+)$", page, re.MULTILINE)
+                assert waiting
+                longest = max(longest, int(float(waiting.group(1))))
+            await asyncio.sleep(0.1)
 
     async def everyone() -> list[str]:
-        return await asyncio.gather(*(one(i) for i in range(clients)))
+        watcher = asyncio.ensure_future(watch())
+        texts = await asyncio.gather(*(one(i) for i in range(clients)))
+        watcher.cancel()
+        return texts
 
     texts = asyncio.run(everyone())
     assert [i for i, text in enumerate(texts) if text != expected[i % 4]] == []
+    assert refused > 0
+    assert 0 < longest <= QUEUE
     server.wait_until_empty()
 
 
@@ -176,6 +201,7 @@ def test_the_http_process_is_killed(own: Served) -> None:
         httpx.get(f"{own.url}/health")
     while _alive(engine):  # it ends by itself: a test that hangs here has found that it does not
         pass
+    assert "the HTTP process is gone" in own.log_text()
 
 
 def _alive(pid: int) -> bool:

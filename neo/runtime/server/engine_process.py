@@ -57,8 +57,15 @@ def build_engine(config: EngineConfig, record: RunRecord, log_file: TextIO | Non
     """The engine that the config describes. InputError for anything in it that is wrong."""
     parts = EngineParts(config)
     system = parts.system()
-    log = None if log_file is None else RunLog(log_file, system.describe())
-    return parts.engine(system, log=log, record=record), system
+    engine = parts.engine(system, record=record)
+    if log_file is not None:
+        header = {
+            **system.describe(),
+            "engine": engine.executor.describe(),
+            "max_model_len": engine.options.max_model_len,
+        }
+        engine.log = RunLog(log_file, header)
+    return engine, system
 
 
 class Channel:
@@ -307,14 +314,17 @@ def serve(launch: Launch, channel: Channel) -> int:
             loop.run()
             if channel.closed:
                 record.interrupted = "the HTTP process ended"
+                print("the HTTP process is gone: the engine ends", file=sys.stderr, flush=True)
         except NeoError as error:
             record.interrupted = str(error)
             print(f"engine error: {error}", file=sys.stderr, flush=True)
             channel.send(Failed(str(error)))
             return EXIT_FAILED
         finally:
+            if file is not None:
+                file.flush()  # whoever sees the results may read the log
             if launch.record_dir is not None and launch.write_results is not None:
-                launch.write_results(launch.record_dir, record, system)
+                launch.write_results(launch.record_dir, record, system, engine.executor.describe())
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from neo.core.record import RunRecord
 from neo.runtime.engine import Engine
@@ -23,10 +23,11 @@ class Launch:
         config: the engine.
         build: makes it, given config, record and the open log file or None; by default ``build_engine``.
         record_dir: where to write the run log; None for nowhere.
-        write_results: called at the end with (folder, record, system): writes the results beside the log.
+        write_results: called at the end with (folder, record, system, the executor's description): writes the
+            results beside the log.
     """
 
     config: EngineConfig
     build: Callable[[EngineConfig, RunRecord, TextIO | None], Built] | None = None
     record_dir: Path | None = None
-    write_results: Callable[[Path, RunRecord, System], None] | None = None
+    write_results: Callable[[Path, RunRecord, System, dict[str, Any]], None] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from neo import __version__
 from neo.core.record import Mode
 from neo.runtime.server.bridge import Live, Observer
 from neo.runtime.server.messages import Ready, StepInfo, Update
@@ -81,8 +82,18 @@ class Metrics(Observer):
         return lambda value: found.labels(self._model, value)
 
     def engine(self, ready: Ready) -> None:
-        """The engine is there."""
+        """The engine is there: what it is becomes labels."""
         self._ready = ready
+        described = ready.description
+        executor = described.get("executor", {})
+        about = {
+            "executor": executor.get("executor", ""),
+            "device": executor.get("device") or described.get("hardware", ""),
+            "policy": described.get("policy", ""),
+            "version": __version__,
+        }
+        info = Gauge("neo:engine_info", "What serves; always 1.", [*about], registry=self.registry)
+        info.labels(**{name: str(value) for name, value in about.items()}).set(1)
 
     def update(self, update: Update) -> None:
         """Gauges and the step of a message."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
+from prometheus_client import disable_created_metrics
 
 from neo.core.errors import InputError
 from neo.runtime.server.app import Server, make_app
@@ -21,6 +21,7 @@ from neo.runtime.server.launch import Launch
 from neo.runtime.server.limits import Keys, ServerLimits
 from neo.runtime.server.logs import RequestLog
 from neo.runtime.server.metrics import Metrics
+from neo.runtime.server.open_files import raise_file_limit
 from neo.runtime.server.spawn import Child
 from neo.runtime.server.text import TextSide
 from neo.runtime.server.wanted import Reader
@@ -29,7 +30,6 @@ EXIT_OK, EXIT_ENGINE, EXIT_CUT_OFF = 0, 3, 4
 _BACKLOG = 2048
 _POLL_S = 0.05
 _CLOSE_S = 2  # connections get this long to take what was written, once nothing more comes
-_FILES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,8 @@ class _Uvicorn(uvicorn.Server):
 
 def run_server(config: ServeConfig) -> int:
     """Serve until a signal or a failure; the exit code. NeoError if it cannot begin."""
-    _raise_file_limit()
+    raise_file_limit()
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # times of birth, which nobody reads
     listener = _bind(config.host, config.port)  # before a model is loaded for minutes
     with listener:
         return _runner()(_serve(config, listener))
@@ -226,12 +227,3 @@ def address_of(listener: socket.socket) -> str:
     """``http://host:port`` of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _raise_file_limit() -> None:
-    """A connection is an open file: take as many as the system lets us."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
-    if soft < wanted:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -131,7 +131,15 @@ class Reader:
         if len(given) > MAX_CHOICES:
             raise bad("prompt", f"prompt: {len(given)} prompts, at most {MAX_CHOICES} in a request")
         special = body.add_special_tokens is not False
-        return [[*p] if isinstance(p, list) else await self.encode(p, special) for p in given]
+        return [self._known(p) if isinstance(p, list) else await self.encode(p, special) for p in given]
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids; 400 if one is no token."""
+        vocab = self.ready.vocab
+        if ids and (min(ids) < 0 or max(ids) >= vocab):
+            wrong = next(t for t in ids if not 0 <= t < vocab)
+            raise bad("prompt", f"prompt: token {str(wrong)[:20]} is not in the vocabulary of {vocab}")
+        return ids
 
     async def encode(self, text: str, special: bool) -> list[int]:
         """Token ids of a text, on a thread if it is long."""
@@ -169,12 +177,9 @@ class Reader:
         )
 
     def _cap(self, ids: list[int], most: int, field: str) -> int:
-        """Tokens that may be generated behind a prompt; 400 if it is empty, too long or no tokens."""
+        """Tokens that may be generated behind a prompt; 400 if it is empty or too long."""
         if not ids:
             raise bad(field, f"{field}: the prompt is empty")
-        if min(ids) < 0 or max(ids) >= self.ready.vocab:
-            wrong = next(t for t in ids if not 0 <= t < self.ready.vocab)
-            raise bad(field, f"{field}: token {wrong} is not in the vocabulary of {self.ready.vocab}")
         ready = self.ready
         room = ready.max_model_len - len(ids)
         if room < 1:

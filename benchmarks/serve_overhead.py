@@ -1,0 +1,172 @@
+"""What the server costs: tokens per second over HTTP, latency it adds to a token, what it takes of a step.
+
+usage: python benchmarks/serve_overhead.py [--streams 1 64 512] [--tokens 400]
+
+A model that costs nothing stands behind the real server, in its own process; the streams are real sockets.
+
+- *Tokens per second*: the engine runs as fast as it can; every stream asks for ``--tokens`` tokens, counted
+  from the first to the last that any client reads.
+- *Latency*: every step ends on a grid of time that engine and clients share, so that a client knows how old a
+  token is when it reads it. Beside it the age at which the engine gives it out, in this process and without a
+  server.
+- *The engine's step*: the time from step to step at 64 streams, with a server and without one; for a model
+  that costs nothing, and for one that keeps its core busy for 10 ms.
+
+Engine, HTTP process and clients want a core each. On fewer they wait for each other, which is in the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from null_engine import build, config_for
+
+from neo.runtime.sampling_params import SamplingParams
+
+HERE = Path(__file__).resolve().parent
+PROMPT = "0123456789abcdef"
+GRIDS = {1: 0.02, 64: 0.05, 512: 0.4}  # seconds: a step's tokens must have arrived before the next step's
+SLOW_STREAMS = 64
+WARM = 5  # steps, or tokens of a stream, that are not counted
+Times = list[float]
+
+
+@contextmanager
+def server(*arguments: str) -> Iterator[str]:
+    """The address of a running one."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", "import null_engine; null_engine.main()", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        process.stdout.close()
+
+
+async def stream(address: str, tokens: int) -> Times:
+    """When each token of a stream was read. Reads bytes only: parsing would measure this program."""
+    parts = urlsplit(address)
+    body = json.dumps(
+        {"prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0}
+    )
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    writer.write((head + body).encode())
+    times: Times = []
+    tail = b""
+    while b"[DONE]" not in tail:
+        data = await reader.read(1 << 16)
+        if not data:
+            raise SystemExit(f"a stream broke off: {tail!r}")
+        now = time.perf_counter()
+        times += [now] * data.count(b'"text_completion"')
+        tail = (tail + data)[-64:]
+    writer.close()
+    assert len(times) == tokens, len(times)
+    return times
+
+
+async def streams(address: str, count: int, tokens: int) -> list[Times]:
+    return await asyncio.gather(*(stream(address, tokens) for _ in range(count)))
+
+
+def in_process(count: int, tokens: int, **pace: float) -> tuple[Times, Times]:
+    """Without a server: when each token of steps with all sequences was given out, and when steps began."""
+    engine, _ = build(config_for(count, tokens + len(PROMPT)), None, **pace)
+    for i in range(count):
+        params = SamplingParams(tokens, 0.0, ignore_eos=True)
+        engine.add(str(i), list(PROMPT.encode()), params)
+    out: Times = []
+    while engine.has_work:
+        outputs = engine.step()
+        if len(outputs) == count:
+            out.append(time.perf_counter())
+    return out[WARM:], periods(list(engine.executor.begins), list(engine.executor.tokens), count)
+
+
+def periods(begins: Times, tokens: list[int], count: int) -> Times:
+    """Seconds from one step to the next, of steps that bring a token to everyone."""
+    found = [
+        later - begin
+        for begin, later, n, m in zip(begins, begins[1:], tokens, tokens[1:], strict=False)
+        if n == m == count
+    ]
+    return found[WARM:]
+
+
+def quantiles(values: Times) -> str:
+    ordered = sorted(values)
+    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    return f"{1e3 * statistics.median(ordered):.2f} ms, P99 {1e3 * p99:.2f} ms"
+
+
+def throughput(count: int, tokens: int) -> str:
+    with server("--sequences", str(count), "--tokens", str(tokens + 64)) as address:
+        asyncio.run(streams(address, count, WARM))
+        every = asyncio.run(streams(address, count, tokens))
+    seconds = max(t[-1] for t in every) - min(t[0] for t in every)
+    return f"{count * tokens / seconds:,.0f} tokens/s"
+
+
+def latency(count: int, tokens: int) -> str:
+    grid = GRIDS.get(count, 0.4)
+    tokens = min(tokens, max(20, int(8.0 / grid)))
+    with server("--sequences", str(count), "--tokens", str(tokens + 64), "--grid", str(grid)) as address:
+        every = asyncio.run(streams(address, count, tokens))
+    alone, _ = in_process(count, tokens, grid_s=grid)
+    served = [t % grid for times in every for t in times[WARM:]]
+    without = [t % grid for t in alone]
+    return f"a token is {quantiles(served)} old; without a server {quantiles(without)}"
+
+
+def slowdown(busy_s: float, tokens: int) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        arguments = ("--sequences", str(SLOW_STREAMS), "--tokens", str(tokens + 64), "--busy", str(busy_s))
+        with server(*arguments, "--trace", str(trace)) as address:
+            asyncio.run(streams(address, SLOW_STREAMS, tokens))
+        served = periods(*json.loads(trace.read_text()), SLOW_STREAMS)
+    _, alone = in_process(SLOW_STREAMS, tokens, busy_s=busy_s)
+    found = []
+    for name, of in (("median", statistics.median), ("mean", statistics.fmean)):
+        before, now = of(alone), of(served)
+        found.append(
+            f"{name} {1e3 * before:.3f} ms alone, {1e3 * now:.3f} ms served ({now / before - 1:+.1%})"
+        )
+    return "; ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 512])
+    parser.add_argument("--tokens", type=int, default=400)
+    args = parser.parse_args()
+    print(f"{os.cpu_count()} cores")
+    for count in args.streams:
+        print(f"{count} streams: {throughput(count, args.tokens)}; {latency(count, args.tokens)}", flush=True)
+    for busy_s in (0.0, 0.01):
+        print(
+            f"step at {SLOW_STREAMS} streams, model of {1e3 * busy_s:g} ms: {slowdown(busy_s, args.tokens)}"
+        )
+
+
+if __name__ == "__main__":
+    main()
