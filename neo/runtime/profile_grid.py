@@ -62,7 +62,7 @@ class Grid:
             powers(1, gpu, 4),
             powers(1, max(1, min(limits.max_seqs, cpu // size)), 4),
             powers(1, cpu, 4),
-            within(size, min(gpu - size, cpu), 8),  # beside a decode that has a block
+            within(size, max(min(gpu - size, cpu), min(gpu, cpu - size)), 8),  # beside a decode with a block
             within(1, min(both, limits.max_batch_tokens), 8),
             within(1, both - 1, 8),
         )
