@@ -86,13 +86,14 @@ class Bench:
             lambda: StepPlan((batch,)), (*of_chunks, *members.get(Tier.GPU, ()), *members.get(Tier.CPU, ()))
         )
 
-    def swap(self, tokens: int, beside: int = 1) -> tuple[Measured, Measured]:
-        """A decode beside which KV of ``tokens`` tokens moves: to the host, and back."""
-        runs, mover = self.decoding(beside, Tier.GPU), self.decoding(tokens, Tier.GPU)
+    def swap(self, tokens: int, beside: Tier = Tier.GPU) -> tuple[Measured, Measured]:
+        """A decode on a tier, beside which KV of ``tokens`` tokens moves: to the host, and back."""
+        runs, mover = self.decoding(1, beside), self.decoding(tokens, Tier.GPU)
+        batch = SubBatch(gpu_decode=(runs,)) if beside is Tier.GPU else SubBatch(cpu_decode=(runs,))
         found: tuple[list[Measured], list[Measured]] = ([], [])
         for _ in range(self.repeats):
             for i, dst in enumerate((Tier.CPU, Tier.GPU)):
-                plan = StepPlan((SubBatch(gpu_decode=(runs,)),), (KVMove(mover, dst),))
+                plan = StepPlan((batch,), (KVMove(mover, dst),))
                 found[i].append(self._once(plan))
                 mover.tier = dst
                 mover.host_layers = (1 << self.model.layers) - 1 if dst is Tier.CPU else 0

@@ -253,7 +253,8 @@ class Profiler:
         self._add(table, (sequences, kv_tokens), found[name], max(1.0, kv_tokens / read))
 
     def _swap(self, bench: Bench, tokens: int) -> None:
-        out, into = bench.swap(tokens)
+        room = self.room[Tier.GPU] - self.limits.block_size
+        out, into = bench.swap(tokens, Tier.GPU if tokens <= room else Tier.CPU)
         size = bench.blocks(tokens) * self.limits.block_size * self.parts.spec.kv_bytes_per_token_layer
         self._add("swap_out", (size,), out["SWAP_OUT:-1"])
         self._add("swap_in", (size,), into["SWAP_IN:-1"])

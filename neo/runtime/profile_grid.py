@@ -62,7 +62,7 @@ class Grid:
             powers(1, gpu, 4),
             powers(1, max(1, min(limits.max_seqs, cpu // size)), 4),
             powers(1, cpu, 4),
-            within(size, min(gpu - size, cpu), 8),  # beside a decode that has a block
+            within(size, max(min(gpu - size, cpu), min(gpu, cpu - size)), 8),  # beside a decode with a block
             within(1, min(both, limits.max_batch_tokens), 8),
             within(1, both - 1, 8),
         )
@@ -110,5 +110,7 @@ def to_corners(entry: dict[str, Any]) -> dict[str, Any]:
         far = corner(sizes[-1])
         seconds = np.moveaxis(np.concatenate([seconds, [seconds[-1] + slope * (far - sizes[-1])]]), 0, axis)
         axes[name] = [*sizes, far]
+    for axis in (0, 1):  # slopes differ: what ascended must do so still
+        seconds = np.maximum.accumulate(seconds, axis)
     seconds = np.concatenate([seconds[:, :1], seconds], axis=1)
     return {"axes": axes | {second: [0, *axes[second]]}, "seconds": seconds.tolist()}

@@ -20,7 +20,7 @@ class SamplerState:
     """One request's side of sampling: its parameters, its tokens, what penalties need of them.
 
     `request_seed` is used where `params.seed` is None; `eos_token_ids` are barred before `params.min_tokens`.
-    Raises InputError for token ids outside the vocabulary, and if `min_tokens` bars all of it.
+    Raises InputError for token ids outside the vocabulary.
     """
 
     def __init__(
@@ -42,10 +42,6 @@ class SamplerState:
         self.bias = np.fromiter(bias.values(), np.float32, len(bias))
         ends = {*params.stop_token_ids, *(t for t in eos_token_ids if 0 <= t < vocab)}
         self.end_ids = np.array(sorted(ends), np.int64)
-        if params.min_tokens and len(ends) == vocab:
-            raise InputError(
-                "stop_token_ids: every token of the vocabulary ends, so min_tokens cannot be kept"
-            )
         self._stream = _mix((request_seed if params.seed is None else params.seed) & _WORD)
         self.history: History | None = None
         if params.penalised:

@@ -37,8 +37,7 @@ class SamplingParams:
         top_p: only the fewest most likely tokens whose probabilities (after `top_k`) sum to at least this.
         min_p: only tokens at least this share as likely as the most likely one.
         repetition_penalty: logits of tokens in the prompt or the output are divided by it if positive,
-            multiplied if negative (CTRL, arXiv:1909.05858, with the sign handled as Hugging Face does);
-            from 0.01 to 100.
+            multiplied if negative (CTRL, arXiv:1909.05858, with the sign handled as Hugging Face does).
         presence_penalty: subtracted from the logits of tokens in the output.
         frequency_penalty: subtracted once for every time the token is in the output.
         seed: makes the request's tokens reproducible; any integer of 64 bits, signed or not.

@@ -156,12 +156,6 @@ def test_an_operation_of_the_gpu_s_thread_that_fails(monkeypatch: pytest.MonkeyP
     broken(engine, "POST of layer 2, sub-batch", "no room for 7 GiB")
 
 
-def test_a_model_that_gives_no_numbers_names_the_request() -> None:
-    engine = busy()
-    engine.executor.model.weights.norm.fill_(float("nan"))
-    broken(engine, "NaN", "(request 'r")
-
-
 @AHEAD
 def test_a_bug_passes_through_and_the_engine_stays_down(ahead: bool) -> None:
     """It is no fault of the device: its traceback is worth more than one line. But nothing may go on."""

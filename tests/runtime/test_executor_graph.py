@@ -22,7 +22,7 @@ from neo.core.plan import KVMove, MoveOrder, StepPlan
 from neo.core.record import Slice
 from neo.core.request import Tier
 from neo.policy.registry import load_policy
-from neo.runtime.backend import Backend, Job
+from neo.runtime.backend import Backend
 from neo.runtime.backend_torch import TorchJob
 from neo.runtime.executor import operation_names
 from neo.runtime.program import FUSED
@@ -61,13 +61,34 @@ EXPECTED: dict[str, set[OpKind]] = {
 }
 
 
-def played(policy: Any, **more: Any) -> Watched:
+class Slow:
+    """A backend whose workers take their time: what does not wait for them is ahead of them."""
+
+    def __init__(self, inner: Backend, seconds: float) -> None:
+        self.inner, self.seconds = inner, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.inner, name)
+        if not name.endswith("_job"):
+            return found
+
+        def slowly(*arguments: Any) -> TorchJob:
+            job: TorchJob = found(*arguments)
+            return TorchJob(job.kind, (lambda: time.sleep(self.seconds), *job.parts))
+
+        return slowly
+
+
+def played(policy: Any, slow: float = 0.0, **more: Any) -> Watched:
     """A run of requests of many lengths, with everything that it left."""
     # Fast CPU attention and links, so that policies that weigh them use them.
     cost = ToyCost(cpu=0.02, link=1e-6)
     budget = {"gpu": 14, "cpu": 60, "slices_of": 10_000, "cost": cost, **more}
-    engine = make_engine(tiny_model(LAYERS), policy, **budget)
+    engine = make_engine(tiny_model(LAYERS), policy, kind="torch" if slow else "auto", **budget)
     watched = watch(engine)
+    if slow:
+        stub: Any = Slow(watched.inner.backend, slow)
+        watched.inner.backend = stub
     rnd = Random(4)
     for i in range(14):
         add(engine, f"r{i}", prompt_of(rnd.randint(1, 40), i), rnd.randint(2, 14))
@@ -76,9 +97,13 @@ def played(policy: Any, **more: Any) -> Watched:
     return watched
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+CASES = [(name, slow) for name in POLICIES for slow in (0.0, 0.001) if not slow or EXPECTED[name]]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0] + ", slow workers" * bool(case[1]))
 def timeline(request: pytest.FixtureRequest) -> tuple[str, Watched]:
-    return request.param, played(POLICIES[request.param]())
+    name, slow = request.param
+    return name, played(POLICIES[name](), slow)
 
 
 def operations(ran: Ran) -> list[Op]:
@@ -188,21 +213,6 @@ def test_slices_stop_where_they_were_asked_to() -> None:
 # -- beside each other ------------------------------------------------------------------------------------
 
 
-class SlowAttention:
-    """A backend whose CPU attention takes its time: far longer than anything the tiny model does."""
-
-    def __init__(self, inner: Backend) -> None:
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def attention_job(self, *arguments: Any) -> Job:
-        job = self.inner.attention_job(*arguments)
-        assert isinstance(job, TorchJob)
-        return TorchJob(job.kind, (*job.parts, lambda: time.sleep(0.003)))
-
-
 def overlaps(slices: list[Slice], one: Resource, other: Resource) -> list[tuple[Slice, Slice]]:
     """Pairs of slices of two resources that ran at the same time."""
     pairs = [
@@ -215,23 +225,7 @@ def overlaps(slices: list[Slice], one: Resource, other: Resource) -> list[tuple[
 
 def test_cpu_attention_runs_beside_the_other_sub_batch() -> None:
     """NEO's picture: sub-batch 1 on the CPU beside POST and PRE of 0, sub-batch 0 beside those of 1."""
-    engine = make_engine(
-        tiny_model(LAYERS),
-        eager_neo(),
-        gpu=14,
-        cpu=60,
-        kind="torch",
-        slices_of=10_000,
-        cost=ToyCost(cpu=0.02),
-    )
-    watched = watch(engine)
-    stub: Any = SlowAttention(watched.inner.backend)
-    watched.inner.backend = stub
-    rnd = Random(4)
-    for i in range(12):
-        add(engine, f"r{i}", prompt_of(rnd.randint(5, 40), i), rnd.randint(4, 10))
-    run(engine)
-    engine.close()
+    watched = played(eager_neo(), slow=0.003)  # far longer than anything the tiny model does
     pipelined = [ran for ran in watched.ran if len(ran.plan.batches) == 2]
     assert pipelined
     beside: set[tuple[int, str, int]] = set()

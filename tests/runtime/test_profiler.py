@@ -77,7 +77,7 @@ def table(document: Document, tmp_path: Path) -> str:
 def test_cost_models_take_the_table(parts: EngineParts, table: str) -> None:
     cost = load_cost_model(table, parts.spec, parts.hardware, {})
     described = cost.describe()
-    assert all("were raised to it" in w for w in described["warnings"])  # on a busy machine
+    assert described["warnings"] == []
     assert described["model"] == "tiny"
 
 
@@ -115,6 +115,15 @@ def test_the_table_says_where_it_comes_from(document: Document) -> None:
     assert document["contention"]["copy_bandwidth"] > 0
 
 
+def test_the_page_names_what_the_table_says_of_itself(document: Document) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/profile.md").read_text(encoding="utf-8")
+    section = page.partition("## Provenance\n")[2].partition("## ")[0]
+    assert set(re.findall(r"`(\w+)`", section)) - {"cost_model"} == set(document["provenance"])
+    measured = page.partition("| table | steps |\n")[2].partition("\n\n")[0]
+    named = {name for row in measured.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(document["tables"])
+
+
 def test_progress_goes_forward(document: Document, told: list[tuple[str, float]]) -> None:
     shares = [share for _, share in told]
     assert all(a <= b for a, b in pairwise(shares))
@@ -128,7 +137,7 @@ def test_progress_goes_forward(document: Document, told: list[tuple[str, float]]
 def test_a_run_within_the_profiled_budgets_is_priced_without_extrapolation(
     parts: EngineParts, table: str, small: Document, policy: str, budget: str
 ) -> None:
-    """Both what the policy asks for and what then ran, in memory that is full most of the time."""
+    """What ran, and what the policy asked for before, in memory that is full most of the time."""
     if budget != "roomy":
         Path(table.partition(":")[2]).write_text(json.dumps(small))
     system = parts.system(policy=policy, cost_model=table, **BUDGETS[budget])
@@ -140,11 +149,17 @@ def test_a_run_within_the_profiled_budgets_is_priced_without_extrapolation(
     while engine.has_work:
         engine.step()
     engine.close()
+    fresh = load_cost_model(table, parts.spec, parts.hardware, {})
     for ran in watched.ran:
         for kind, work in zip(ran.graph.template.kinds, ran.graph.works, strict=True):
-            system.cost.seconds(kind, work)
-    beyond = [w for w in system.cost.describe()["warnings"] if "extrapolat" in w]
-    assert beyond == []
+            fresh.seconds(kind, work)
+    assert fresh.describe()["warnings"] == []
+    asked = system.cost.describe()["warnings"]
+    if policy == "neo":  # its picture of a steady state is of mean steps, whose sizes are rounded
+        limits = [re.search(r"above the grid's last value (\d+), up to (\d+)$", w) for w in asked]
+        assert all(found and int(found[2]) <= 1.25 * int(found[1]) for found in limits), asked
+    else:
+        assert asked == []
 
 
 # -- budgets ------------------------------------------------------------------------------------------------
@@ -199,11 +214,11 @@ def test_tables_go_on_to_the_corners_of_a_policys_cells() -> None:
     """As a look-up beyond the table would: with the last slope, never downwards."""
     entry = {
         "axes": {"sequences": [1, 3], "kv_tokens": [1, 4]},
-        "seconds": [[1.0, 4.0], [2.0, 1.5]],
+        "seconds": [[1.0, 4.0], [2.0, 4.5]],
     }
     found = to_corners(entry)
     assert found["axes"] == {"sequences": [1, 3, 4], "kv_tokens": [0, 1, 4, 8]}
-    assert found["seconds"] == [[1.0, 1.0, 4.0, 8.0], [2.0, 2.0, 1.5, 1.5], [2.5, 2.5, 1.5, 1.5]]
+    assert found["seconds"] == [[1.0, 1.0, 4.0, 8.0], [2.0, 2.0, 4.5, 8.0], [2.5, 2.5, 4.75, 8.0]]
     assert [corner(n) for n in (1, 3, 4, 255, 256)] == [2, 4, 8, 256, 512]
 
 
