@@ -1,6 +1,6 @@
 """Does ``neo`` ever lose against ``gpu-only``? A grid of machines, KV budgets, lengths and loads.
 
-    python benchmarks/never_lose.py [--out DIR] [--requests N] [--jobs N] [--policy-opt K=V] [--case TEXT]
+    python benchmarks/never_lose.py [--out DIR] [--requests N] [--seed N] [--policy-opt K=V] [--case TEXT]
 
 Every point runs the same requests, with the same arrival times, under both policies, until all have ended.
 Loads are set by ``gpu-only``: it first runs each workload all at once, and rates are shares of what it then
@@ -57,7 +57,7 @@ MACHINES = (
     Machine("gh200", "qwen2.5-32b", 1000),
     Machine("gh200", "llama-3.1-8b", 2000),
 )
-LENGTHS: Mapping[str, Mapping[str, tuple[str, str]]] = {
+LENGTHS: dict[str, dict[str, tuple[str, str]]] = {
     "usual": {
         "short/short": ("around:100:0.3", "around:30:0.3"),
         "short/long": ("around:100:0.3", "around:500:0.3"),
@@ -93,7 +93,7 @@ LOADS = (
 )
 
 
-def base_points(machines: Sequence[Machine], requests: int, only: str = "") -> list[Point]:
+def base_points(machines: Sequence[Machine], requests: int, seed: int = 0, only: str = "") -> list[Point]:
     """``gpu-only``, all at once, on every machine and workload."""
     points = []
     for m in machines:
@@ -105,6 +105,7 @@ def base_points(machines: Sequence[Machine], requests: int, only: str = "") -> l
                 output_lengths=outputs,
                 requests=requests,
                 arrivals="all-at-once",
+                seed=seed,
                 policy=BASE,
                 hardware=m.hardware,
                 model=m.model,
@@ -136,6 +137,7 @@ def run_grid(
     loads: Sequence[Load],
     requests: int,
     *,
+    seed: int = 0,
     jobs: int | None = None,
     out: Path | None = None,
     options: dict[str, str] | None = None,
@@ -144,7 +146,7 @@ def run_grid(
 ) -> list[dict[str, Any]]:
     """Run the grid; one row a point, with both policies' figures and their ratios."""
     store = Store(out / STORE_FILE if out is not None else None)
-    bases = base_points(machines, requests, only)
+    bases = base_points(machines, requests, seed, only)
     with ExitStack() as stack:
         bar = progress_bar(stack, "never lose") if show else None
         team = stack.enter_context(Workers(store, jobs, len(bases) * (2 * len(loads) + 1), bar))
@@ -190,7 +192,8 @@ def loses(row: Mapping[str, Any]) -> bool:
     )
 
 
-def _describe(row: Mapping[str, Any]) -> str:
+def describe(row: Mapping[str, Any]) -> str:
+    """A point in one line."""
     place = f"{row['hardware']:13} {row['model']:13} {row['kv_gpu_blocks']:>5} {row['lengths']:12}"
     place += f" {row['load']:14}"
     return (
@@ -205,6 +208,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/never-lose"))
     parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=None)
     parser.add_argument("--policy-opt", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--case", default="", help="only points in whose name this occurs")
@@ -213,7 +217,7 @@ def main() -> int:
     started = time.perf_counter()
     rows = run_grid(
         MACHINES, LOADS, given.requests,
-        jobs=given.jobs, out=given.out, options=options, only=given.case, show=True,
+        seed=given.seed, jobs=given.jobs, out=given.out, options=options, only=given.case, show=True,
     )  # fmt: skip
     with (given.out / "results.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -221,7 +225,7 @@ def main() -> int:
         writer.writerows(rows)
     lost = [row for row in rows if loses(row)]
     for row in sorted(lost, key=lambda r: r["throughput_ratio"] - r["latency_ratio"]):
-        print(_describe(row))
+        print(describe(row))
     throughput = [r["throughput_ratio"] for r in rows]
     latency = [r["latency_ratio"] for r in rows]
     print(

@@ -36,6 +36,7 @@ from neo.policy.checks import in_range
 from neo.policy.estimate import StageTimes
 from neo.policy.gpu_only import GpuOnly, GpuOnlyOptions
 from neo.policy.host_target import HostTarget
+from neo.policy.neo_choice import choose
 from neo.policy.neo_draft import Draft
 
 
@@ -54,7 +55,7 @@ class NeoOptions:
         metadata={"help": "share of a tier's blocks kept free for growth when a request is admitted"},
     )
     swap_in_limit: float = field(
-        default=0.95, metadata={"help": "swap in only up to this share of the GPU blocks [artifact]"}
+        default=0.99, metadata={"help": "swap in only up to this share of the GPU blocks [artifact: 0.95]"}
     )
     min_linear_tokens: int = field(
         default=128,
@@ -91,13 +92,20 @@ class NeoOptions:
     faithful: bool = field(
         default=False,
         metadata={
-            "help": "prefill=whole worth=requests eager=true patience_s=1e9, each unless given beside it"
+            "help": "prefill=whole worth=requests eager=true patience_s=1e9 swap_in_limit=0.95, each unless "
+            "given beside it"
         },
     )
 
     # Applied where options are read (neo.policy.registry): only there it is known which were given.
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "faithful": {"prefill": "whole", "worth": "requests", "eager": True, "patience_s": 1e9}
+        "faithful": {
+            "prefill": "whole",
+            "worth": "requests",
+            "eager": True,
+            "patience_s": 1e9,
+            "swap_in_limit": 0.95,
+        }
     }
 
     def __post_init__(self) -> None:
@@ -138,7 +146,7 @@ class Neo:
         draft.place_prefills()
         draft.place_cpu_decodes()
         draft.drop_prefills()
-        return draft.choose()
+        return choose(draft)
 
     @staticmethod
     def _admits_all(view: SystemView, plan: StepPlan) -> bool:

@@ -1,4 +1,4 @@
-"""The two sub-batches of a step of ``neo`` in the making; see ``neo.policy.neo`` for the six steps."""
+"""The two sub-batches of a step of ``neo`` in the making: steps 2 to 5 of ``neo.policy.neo``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from neo.core.blocks import blocks_for
 from neo.core.growth import growing
-from neo.core.plan import Evict, KVMove, PrefillChunk, Reject, StepPlan, SubBatch
+from neo.core.plan import Evict, KVMove, PrefillChunk, Reject
 from neo.core.request import Request, Tier
 from neo.core.view import SystemView
 from neo.policy.estimate import StageTimes
-from neo.policy.host_target import HostTarget
+from neo.policy.host_target import HostTarget, Outlook
 
 if TYPE_CHECKING:
     from neo.policy.neo import NeoOptions
@@ -107,7 +107,7 @@ class Draft:
     def place_prefills(self) -> None:
         """Prefills under way, then waiting ones, into sub-batch 0."""
         view = self.view
-        budget = self._prefill_budget()
+        budget = self.prefill_budget()
         slots = view.limits.max_seqs - len(self.gpu_decodes)
         if self.ring:
             self.staging = self._free_at_start()
@@ -143,7 +143,8 @@ class Draft:
         self.gpu_free -= self.ring * blocks
         return True
 
-    def _prefill_budget(self) -> int:
+    def prefill_budget(self) -> int:
+        """Tokens of prefill that a step may have."""
         limits = self.view.limits
         decodes = len(self.gpu_decodes)
         room = limits.max_batch_tokens - decodes - min(len(self.cpu_candidates), limits.max_batch_tokens // 2)
@@ -195,11 +196,16 @@ class Draft:
         view = self.view
         if self.options.eager:
             return len(view.waiting)
-        budget = view.limits.max_batch_tokens
+        outlook = self.outlook()
+        there = len(self.cpu_candidates) + sum([r.tier is Tier.CPU for r in view.prefilling])
+        return outlook.on_host() - there if outlook is not None else 0
+
+    def outlook(self) -> Outlook | None:
+        """What to expect of the system as it is."""
+        budget = self.view.limits.max_batch_tokens
         if self.options.prefill != "whole":
             budget = min(budget, self.options.token_budget)
-        there = len(self.cpu_candidates) + sum([r.tier is Tier.CPU for r in view.prefilling])
-        return self.target.of(view, budget) - there
+        return self.target.look(self.view, budget)
 
     def _starving(self) -> bool:
         if not self.cpu_candidates:
@@ -349,87 +355,3 @@ class Draft:
 
     def _tokens0(self) -> int:
         return len(self.gpu_decodes) + sum([c.length for c in self.chunks]) + len(self.cpu_decodes[0])
-
-    # -- step 6 -------------------------------------------------------------------------------------------
-
-    def choose(self) -> StepPlan:
-        """The pipelined step, or the GPU-only one if that is estimated to be faster."""
-        first, second = self.cpu_decodes
-        chunks, decodes = tuple(self.chunks), self.gpu_decodes
-        gpu_only = SubBatch(chunks, decodes)
-        if not gpu_only.sequences:
-            return self._without_gpu_work()
-        if not (first or second):
-            return self._plan((gpu_only,), "gpu-only")
-        rate, alone = self.rates()
-        if alone * self._crowding() >= rate and not self.forced:
-            return self._plan((gpu_only,), f"gpu-only: {alone:.0f} >= {rate:.0f} pipelined")
-        batches: tuple[SubBatch, ...] = (SubBatch(chunks, decodes, tuple(first)),)
-        if second:
-            batches += (SubBatch(cpu_decode=tuple(second)),)
-        return self._plan(batches, f"pipelined: {rate:.0f} > {alone:.0f} gpu-only")
-
-    def _crowding(self) -> float:
-        """By how much more CPU decodes must bring for the mean time in the system not to grow.
-
-        (S + W) / X of ``neo.policy.host_target``: with them W is larger.
-        """
-        if self.options.worth != "time":
-            return 1.0
-        extra = len(self.cpu_decodes[0]) + len(self.cpu_decodes[1])
-        return 1.0 + extra / (len(self.view.requests) + len(self.gpu_decodes) + len(self.chunks))
-
-    def rates(self) -> tuple[float, float]:
-        """Estimated worth per second with the CPU decodes, and without them; see ``NeoOptions.worth``."""
-        times, (first, second) = self.times, self.cpu_decodes
-        prefilled = sum([c.length for c in self.chunks])
-        own = len(self.gpu_decodes) + prefilled
-        rows = len(self.gpu_decodes) + len(self.chunks)
-        cpu0 = times.cpu_stage(len(first), self.cpu_kv[0])
-        cpu1 = times.cpu_stage(len(second), self.cpu_kv[1])
-        linear0 = times.linear(own + len(first))
-        extra = len(first) + len(second)
-        if second:
-            layer = max(linear0, cpu1) + max(times.linear(len(second)) + self.attention_s, cpu0)
-        else:
-            layer = linear0 + max(self.attention_s, cpu0)
-        pipelined = self.layers * layer + times.around(own + extra, rows + extra, rows + extra)
-        alone = self.layers * (times.linear(own) + self.attention_s) + times.around(own, rows, rows)
-        if self.options.worth == "requests":  # one token comes out of each, and none of an unfinished prompt
-            prefilled = sum([c.length == c.request.remaining_prefill for c in self.chunks])
-        decode = self.decode_worth() if self.options.worth == "time" else 1.0
-        worth = prefilled + decode * len(self.gpu_decodes)
-        return (worth + decode * extra) / pipelined, worth / alone
-
-    def decode_worth(self) -> float:
-        """GPU time of a decode in a full GPU-only step, over that of a prefill token."""
-        times = self.times
-        kv = sum(self.cpu_kv) + sum([r.computed for r in self.gpu_decodes])
-        count = len(self.cpu_decodes[0]) + len(self.cpu_decodes[1]) + len(self.gpu_decodes)
-        full = max(1, self.gpu.tokens * count // max(kv, 1))
-        budget = max(self._prefill_budget(), 1)
-        decode = (times.linear(full) + times.gpu_attention((), full, self.gpu.tokens)) / full
-        return decode / (times.linear(budget) / budget)
-
-    def _without_gpu_work(self) -> StepPlan:
-        """Nothing for the GPU to hide the CPU behind: run CPU decodes in one batch, or free their memory."""
-        limits, runnable = self.view.limits, list[Request]()
-        for r in self.cpu_candidates[: min(limits.max_seqs, limits.max_batch_tokens)]:
-            growth = self.view.growth(r)
-            if growth <= self.cpu_free:
-                self.cpu_free -= growth
-                runnable.append(r)
-        while self.cpu_candidates and not runnable:
-            victim = self.cpu_candidates.pop()
-            self.evict.append(Evict(victim))
-            self.cpu_free += self.cpu.held(victim.id)
-            runnable = [r for r in self.cpu_candidates[:1] if self.view.growth(r) <= self.cpu_free]
-        if runnable:
-            return self._plan((SubBatch(cpu_decode=tuple(runnable)),), "CPU decodes alone")
-        return self._plan((), "nothing to run")
-
-    def _plan(self, batches: tuple[SubBatch, ...], why: str) -> StepPlan:
-        if not batches:
-            return StepPlan(reject=tuple(self.reject), why=why)
-        ring = self.ring if any(c.dst is Tier.CPU for c in batches[0].prefill) else 0
-        return StepPlan(batches, tuple(self.moves), tuple(self.evict), tuple(self.reject), why, ring=ring)

@@ -129,11 +129,14 @@ def test_neo_puts_prefills_on_the_cpu_behind_the_first_that_does_not_fit() -> No
 
 def test_neo_pipelines_where_that_pays_and_stays_on_the_gpu_where_it_does_not() -> None:
     def under(cost: ToyCost) -> StepPlan:
-        s, plan = scene("neo/chunked", gpu=12, cpu=80, cost=cost, max_seqs=20)
+        s, plan = scene("neo/chunked", gpu=9, cpu=80, cost=cost, max_seqs=20)
         for name in "abc":
             decoding(s, name, 8, 40)
         for name in "uvwxyz":
             decoding(s, name, 8, 40, tier=CPU)
+        for i in range(99):  # more than the GPU alone could serve
+            s.add(Request(f"w{i}", 8, 40, arrival_s=0.001 * i))
+        s.view.now = 0.1
         return plan()
 
     fast, slow = under(ToyCost(cpu=0.02, link=0.1)), under(ToyCost(cpu=1000.0))
@@ -143,7 +146,7 @@ def test_neo_pipelines_where_that_pays_and_stays_on_the_gpu_where_it_does_not() 
 
 
 def test_neo_does_not_let_a_cpu_request_starve() -> None:
-    s, plan = scene("neo/chunked", gpu=12, cpu=80, cost=ToyCost(cpu=1000.0))
+    s, plan = scene("neo/chunked", gpu=9, cpu=80, cost=ToyCost(cpu=1000.0))
     for name in "abc":
         decoding(s, name, 8, 40)
     old = decoding(s, "old", 8, 40, tier=CPU)
