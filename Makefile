@@ -29,8 +29,8 @@ $(LINT_STAMP): $(STAMP)
 
 # First a simulated comparison on another machine; then this machine: profiled briefly, and the same short
 # workload simulated and run for real, side by side. Without the ISPC compiler torch does the kernels' work.
-SMALL = --model stories15m --max-seqs 32 --max-batch-tokens 256 --kv-gpu-blocks 60 --kv-cpu-blocks 600
-SHORT = --prompt-lengths around:120:0.3 --output-lengths around:40:0.3 --requests 60 --rate 6
+SMALL = --model stories15m --max-seqs 32 --max-batch-tokens 256 --kv-gpu-blocks 32 --kv-cpu-blocks 600
+SHORT = --prompt-lengths around:120:0.3 --output-lengths around:40:0.3 --requests 80 --rate 10
 HERE = --hardware $(OUT)/profile/hardware.toml --cost profiled:$(OUT)/profile/cost.json
 demo: $(STAMP)
 	$(BIN)/neo simulate --policy gpu-only --policy neo --hardware g5.16xlarge --model llama-3.1-8b \

@@ -155,7 +155,10 @@ def decoding(
     """A new request, prefilled to ``tier`` and in decode (or still prefilling, ``chunk`` tokens in)."""
     request = Request(name, prompt, max_tokens)
     scheduler.add(request)
-    run_plan(scheduler, StepPlan((SubBatch((PrefillChunk(request, 0, chunk or prompt, tier),)),)))
+    chunks = (PrefillChunk(request, 0, chunk or prompt, tier),)
+    # On its way to the CPU, KV passes through what the policy has set aside, or else through free blocks.
+    ring = int(tier is Tier.CPU and not scheduler.staging_layers)
+    run_plan(scheduler, StepPlan((SubBatch(chunks),), ring=ring))
     return request
 
 
@@ -177,9 +180,9 @@ def snapshot(scheduler: Scheduler) -> Any:
         view_state(view),
         [r.id for r in scheduler.ended],
         scheduler._in_flight,
-        list(scheduler._source_blocks),
+        list(scheduler._books.source_blocks),
         dict(scheduler._aborting),
-        scheduler._admitted,
+        scheduler._books.admitted,
     )
 
 

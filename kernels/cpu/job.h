@@ -14,6 +14,9 @@ struct Patience {
     const std::atomic<bool> *stop; // or null
 };
 
+// Until a flag has reached a number; `name` is for the message where it does not.
+neo_cpu_status await_number(const volatile uint32_t *flag, uint32_t number, const char *name,
+                            const Patience &patience) noexcept;
 // Waits for the job's flag, runs it with its own pool or this one, and ends it.
 void run_job(neo_cpu_job &job, neo_cpu_pool *pool, const Patience &patience) noexcept;
 // Ends a job that was not run, with the status of this thread's last error.

@@ -32,7 +32,7 @@ extern "C" {
 
 int32_t neo_cpu_abi(void) { return NEO_CPU_ABI; }
 
-const char *neo_cpu_version(void) { return "2.0.0"; }
+const char *neo_cpu_version(void) { return "3.0.0"; }
 
 const char *neo_cpu_target(void) {
     if (!neo::supported())

@@ -27,7 +27,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define NEO_CPU_ABI 2
+#define NEO_CPU_ABI 3
 
 typedef enum neo_cpu_status {
     NEO_CPU_OK = 0,
@@ -37,7 +37,7 @@ typedef enum neo_cpu_status {
     NEO_CPU_TIMEOUT = 4,      /* a wait ended before the job did */
     NEO_CPU_FULL = 5,         /* the worker has as many jobs as it can hold */
     NEO_CPU_DEPENDENCY = 6,   /* not run: a job it comes after failed */
-    NEO_CPU_NO_FLAG = 7,      /* not run: its wait_flag was not set in time */
+    NEO_CPU_NO_FLAG = 7,      /* not run: its wait_flag (or a hand-over's request) was not set in time */
     NEO_CPU_CANCELLED = 8     /* not run: the worker was destroyed first */
 } neo_cpu_status;
 
@@ -45,7 +45,7 @@ typedef enum neo_cpu_dtype { NEO_CPU_FP32 = 0, NEO_CPU_FP16 = 1, NEO_CPU_BF16 = 
 
 /* NEO_CPU_ABI of the library. */
 int32_t neo_cpu_abi(void);
-/* "2.0.0": the library's version. */
+/* "3.0.0": the library's version. */
 const char *neo_cpu_version(void);
 /* What dispatch chose on this machine: "avx512", "avx2", "neon" or "unsupported". */
 const char *neo_cpu_target(void);
@@ -177,6 +177,38 @@ typedef struct neo_cpu_copy {
 /* With pool NULL the calling thread copies alone. Either all blocks are copied or, on an error, none. */
 neo_cpu_status neo_cpu_copy_blocks(neo_cpu_pool *pool, const neo_cpu_copy *args);
 
+/* ---- hand-over ---- */
+
+/*
+ * The CPU attention of one sub-batch in all layers of a step, which a device asks for layer by layer. The device writes
+ * q, k and v of a layer where `append` and `decode` read them and sets *request; the CPU appends, attends, and sets
+ * *answer once the output is where the device reads it. Both are flags as of a job (below), in memory that both sides
+ * see (neo_cuda.h tells the device's half). Layer l is asked for by the number first + l and answered with it.
+ *
+ * `append` and `decode` are those of layer 0; layer l has the block tables that lie l * layer_stride entries further
+ * on. All else, the cache with its layer-blocks above all, is the same in every layer. They are read once, when the
+ * hand-over begins, but what they point to is read in every layer.
+ */
+typedef struct neo_cpu_stage {
+    size_t size;
+    const neo_cpu_append *append;     /* or NULL */
+    const neo_cpu_decode *decode;     /* or NULL */
+    const volatile uint32_t *request; /* or NULL: nothing to wait for */
+    volatile uint32_t *answer;        /* or NULL */
+    uint32_t first;
+    int64_t layer_stride; /* entries of the block tables */
+} neo_cpu_stage;
+
+/* Layer by layer the stages in their order: with two sub-batches, CPU attention of batch 0, then of batch 1. */
+typedef struct neo_cpu_handover {
+    size_t size;
+    const neo_cpu_stage *stages;
+    int32_t n_stages; /* 0 to 8 */
+    int32_t layers;   /* 0 or more */
+    int64_t *times;   /* NULL, or [layers][n_stages][2]: out: CLOCK_MONOTONIC in ns when the request was there and when
+                         the answer was set; untouched where it did not come to that */
+} neo_cpu_handover;
+
 /* ---- jobs ---- */
 
 /*
@@ -189,7 +221,9 @@ typedef struct neo_cpu_job {
     neo_cpu_pool *pool;           /* NULL: the worker's */
     const neo_cpu_append *append; /* first, unless NULL */
     const neo_cpu_decode *decode; /* then, unless NULL */
-    const neo_cpu_copy *copy;     /* last, unless NULL */
+    const neo_cpu_copy *copy;     /* then, unless NULL */
+    const neo_cpu_handover *handover;   /* last, unless NULL. If the job fails or is not run, all answers are set to their
+                                           last number, so that no device waits for them: its step has then failed */
     const volatile uint32_t *wait_flag; /* or NULL */
     volatile uint32_t *done_flag;       /* or NULL */
     uint32_t wait_value;

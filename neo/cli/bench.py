@@ -70,6 +70,15 @@ Timeline = Annotated[
     ),
 ]
 
+Bubbles = Annotated[
+    bool,
+    typer.Option(
+        "--bubbles",
+        help="Report what GPU, CPU and links waited for; every operation is noted.",
+        rich_help_panel=opt.OUTPUT,
+    ),
+]
+
 
 SERVER = "A server instead of the engine"
 
@@ -141,6 +150,8 @@ def bench(
     load_format: eng.LoadWeights = None,
     dtype: eng.Dtype = None,
     max_model_len: eng.MaxModelLen = None,
+    device: eng.Device = eng.Devices.auto,
+    gpu_memory: eng.GpuMemory = None,
     gpu_threads: eng.GpuThreads = None,
     cpu_threads: eng.CpuThreads = None,
     cpu_cores: eng.CpuCores = None,
@@ -162,6 +173,7 @@ def bench(
     out: opt.Out = None,
     plots: opt.Plots = True,
     timeline: Timeline = 0,
+    bubbles: Bubbles = False,
     slo: opt.Slo = None,
     drop_first: opt.DropFirst = 0.0,
     as_json: opt.AsJson = False,
@@ -212,6 +224,8 @@ def bench(
         load_format=load_format,
         dtype=dtype,
         max_model_len=max_model_len,
+        device=device,
+        gpu_memory=gpu_memory,
         gpu_threads=gpu_threads,
         cpu_threads=cpu_threads,
         cpu_cores=cpu_cores,
@@ -233,7 +247,13 @@ def bench(
     parts = _load(config, workload)
     systems = [parts.system(policy=n, policy_options=options[n]) for n in names]
     how = Measured(
-        parts, _prompts(token_ids, trace, workload, parts, seed), token_ids, replayed, warmup, timeline
+        parts,
+        _prompts(token_ids, trace, workload, parts, seed),
+        token_ids,
+        replayed,
+        warmup,
+        timeline,
+        bubbles,
     )
     run_all([MeasuredRun(s, workload, seed, how) for s in systems], output, quiet, as_json)
 
@@ -296,6 +316,7 @@ class Measured:
     options: ReplayOptions
     warmup: bool
     timeline: int
+    bubbles: bool
 
 
 class MeasuredRun(Run["Replay"]):
@@ -312,7 +333,7 @@ class MeasuredRun(Run["Replay"]):
         how = self.how
         if how.warmup:
             warm_up(how.parts, self.system)
-        engine = how.parts.engine(self.system, slices_of=how.timeline)
+        engine = how.parts.engine(self.system, slices_of=sys.maxsize if how.bubbles else how.timeline)
         stack.callback(engine.close)
         if note := _note(engine):
             print(f"note: {note}", file=sys.stderr)
@@ -322,7 +343,16 @@ class MeasuredRun(Run["Replay"]):
             "max_model_len": engine.options.max_model_len,
             "zero": 0,
         }
-        replay = Replay(engine, self.workload, how.prompts, how.options, log(header), progress)
+        replay = Replay(
+            engine,
+            self.workload,
+            how.prompts,
+            how.options,
+            log(header),
+            progress,
+            timeline_steps=how.timeline,
+            bubbles=how.bubbles,
+        )
         stack.callback(replay.close)
         return replay
 

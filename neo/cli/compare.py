@@ -21,7 +21,7 @@ from neo.report.files import atomic, portable_command
 
 _PANEL = "Study"
 _OWN = ("results.csv", "sustained.csv", "published.csv", "command.txt")
-_PICTURES = tuple(f"{name}.{ending}" for name in PLOTS for ending in ("svg", "png"))
+_PICTURES = tuple(f"{name}.{ending}" for name in (*PLOTS, "bubbles") for ending in ("svg", "png"))
 
 StudyPath = Annotated[
     Path | None, typer.Argument(help="A study file (TOML); flags replace what its [settings] say.")
@@ -113,6 +113,7 @@ def compare(
     max_batch_tokens: opt.MaxBatchTokens = 8192,
     slo: opt.Slo = None,
     drop_first: opt.DropFirst = 0.0,
+    bubbles: opt.Bubbles = False,
     out: opt.Out = None,
     plots: opt.Plots = True,
     quiet: opt.Quiet = False,

@@ -39,6 +39,14 @@ class Kernels(StrEnum):
     torch = "torch"
 
 
+class Devices(StrEnum):
+    """What the model runs on."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def _option(panel: str, *names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
@@ -66,6 +74,16 @@ MaxModelLen = Annotated[
     _option(
         ENGINE, "--max-model-len", help="Longest prompt and output together (default: the model's).", min=2
     ),
+]
+Device = Annotated[
+    Devices,
+    _option(
+        ENGINE, "--device", help="What the model runs on; auto: a GPU where there is one, else torch here."
+    ),
+]
+GpuMemory = Annotated[
+    str | None,
+    _option(BUDGET, "--gpu-memory", help="Of the GPU's memory to be used, as 24GiB (default: all)."),
 ]
 GpuThreads = Annotated[
     int | None,
@@ -128,6 +146,8 @@ def engine_config(
     kv_cpu_bytes: str | None,
     limits: Limits,
     seed: int,
+    device: Devices = Devices.auto,
+    gpu_memory: str | None = None,
 ) -> EngineConfig:
     """An EngineConfig of the values of these options; InputError for wrong ones, or if there is no torch."""
     try:
@@ -165,6 +185,8 @@ def engine_config(
         backend=backend.value,
         seed=seed,
         ahead=ahead,
+        device=device.value,
+        gpu_memory_bytes=size_of(gpu_memory, "--gpu-memory"),
     )
 
 

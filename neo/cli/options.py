@@ -32,7 +32,10 @@ Trace = Annotated[
     _option(WORKLOAD, "--trace", help="Trace file: Azure or Vidur CSV, Mooncake or neo JSONL, NEO JSON."),
 ]
 Format = Annotated[
-    str | None, _option(WORKLOAD, "--format", help="The trace's format, instead of recognising it.")
+    str | None,
+    _option(
+        WORKLOAD, "--format", help="The trace's format, instead of recognising it; or path/to/file.py:reader."
+    ),
 ]
 PromptLengths = Annotated[
     str | None,
@@ -145,6 +148,14 @@ Timeline = Annotated[
         "--timeline",
         help="Write timeline.json (Perfetto) of the first N steps into --out; implies --level op.",
         min=0,
+    ),
+]
+Bubbles = Annotated[
+    bool,
+    _option(
+        OUTPUT,
+        "--bubbles",
+        help="Report what GPU, CPU and links waited for (the run takes 2 to 3 times as long).",
     ),
 ]
 Slo = Annotated[

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from neo.cli.flags import folder_of
 from neo.core.errors import InputError, NeoError
@@ -24,7 +24,10 @@ from neo.sim.driver import Simulation
 from neo.sim.setup import System, simulation
 from neo.workload import Workload
 
-_PICTURES = ("latency", "kv", "batch", "utilization", "comparison")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PICTURES = ("latency", "kv", "batch", "utilization", "bubbles", "comparison")
 _OWN_FILES = (
     *("summary.json", "requests.csv", "steps.jsonl", "timeline.json"),
     *(f"{name}.{ending}" for name in _PICTURES for ending in ("svg", "png")),
@@ -115,8 +118,10 @@ class SimulatedRun(Run[Simulation]):
         timeline: int,
         repeat: bool,
         timeout_s: float | None,
+        bubbles: bool = False,
     ) -> None:
         super().__init__(system, workload, seed)
+        self.bubbles = bubbles
         self.level = level
         self.timeline = timeline
         self.repeat = repeat
@@ -133,6 +138,7 @@ class SimulatedRun(Run[Simulation]):
             repeat=self.repeat,
             timeout_s=self.timeout_s,
             progress=progress,
+            bubbles=self.bubbles,
         )
 
     def about(self, driver: Simulation) -> dict[str, Any]:
@@ -185,14 +191,20 @@ class Runner:
         if output.directory is not None:
             write_run(output.directory, record, meta, output.slo, output.drop_first)
             if output.timeline:
+                from neo.report.bubbles import waits
                 from neo.report.timeline import write_timeline
 
-                write_timeline(record.slices, output.directory / "timeline.json")
+                more = waits(record.slices) if record.bubbles is not None else []
+                write_timeline([*record.slices, *more], output.directory / "timeline.json")
             if output.plots and record.columns.steps:
                 from neo.report.plots import plot_run
 
                 directory = output.directory
                 try_plot(lambda: plot_run(record, meta, directory))
+                if record.bubbles is not None:
+                    _plot_bubbles(
+                        {meta.policy: record.bubbles}, directory, f"{meta.model} on {meta.hardware}"
+                    )
         return run_result(record, meta, output.slo, output.drop_first)
 
 
@@ -246,7 +258,7 @@ def show(results: list[RunResult], output: Output, as_json: bool) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(result_table(summaries[0]) if len(summaries) == 1 else comparison_table(summaries))
+    show_tables(summaries, console)
     for warning in dict.fromkeys(w for s in summaries for w in s.get("warnings", ())):
         print(f"warning: {warning}", file=sys.stderr)
     if output.directory is not None:
@@ -254,7 +266,37 @@ def show(results: list[RunResult], output: Output, as_json: bool) -> None:
             from neo.report.plots import plot_comparison
 
             try_plot(lambda: plot_comparison(results, output.directory or "."))
+            if found := bubbles_of(summaries):
+                _plot_bubbles(found, output.directory)
         console.print(f"Results in {output.directory}", highlight=False)
+
+
+def show_tables(summaries: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A run, or several beside the first; then what their resources waited for, where that was asked for."""
+    console.print(result_table(summaries[0]) if len(summaries) == 1 else comparison_table(summaries))
+    if found := bubbles_of(summaries):
+        from neo.report.bubbles import bubble_table
+
+        console.print(bubble_table(found))
+
+
+def bubbles_of(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Mapping[str, float]]]:
+    """Bubble reports by run, of the runs that have one."""
+    names = [f"{s['policy']}" if s["kind"] == "simulated" else f"{s['policy']}, measured" for s in summaries]
+    found: dict[str, Mapping[str, Mapping[str, float]]] = {}
+    for i, summary in enumerate(summaries):
+        if "bubbles" in summary["metrics"]:
+            name = names[i] if names.count(names[i]) == 1 else f"{names[i]} ({i + 1})"
+            found[name] = summary["metrics"]["bubbles"]
+    return found
+
+
+def _plot_bubbles(
+    found: Mapping[str, Mapping[str, Mapping[str, float]]], directory: Path, subtitle: str = ""
+) -> None:
+    from neo.report.bubbles import plot_bubbles
+
+    try_plot(lambda: plot_bubbles(found, directory / "bubbles", subtitle))
 
 
 def progress_bar(stack: ExitStack, label: str, total: int) -> Progress | None:

@@ -48,6 +48,7 @@ def simulate(
     out: opt.Out = None,
     plots: opt.Plots = True,
     timeline: opt.Timeline = 0,
+    bubbles: opt.Bubbles = False,
     slo: opt.Slo = None,
     drop_first: opt.DropFirst = 0.0,
     repeat: opt.Repeat = True,
@@ -87,5 +88,5 @@ def simulate(
     )
     systems = [build_system(replace(config, policy=n, policy_options=options[n])) for n in names]
     run_level = "op" if timeline or level is opt.Detail.op else "step"
-    runs = [SimulatedRun(s, workload, seed, run_level, timeline, repeat, timeout) for s in systems]
+    runs = [SimulatedRun(s, workload, seed, run_level, timeline, repeat, timeout, bubbles) for s in systems]
     run_all(runs, output, quiet, as_json)

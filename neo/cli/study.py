@@ -65,6 +65,7 @@ class Settings(BaseModel):
     max_batch_tokens: int = Field(default=8192, ge=1)
     slo: str | None = None
     drop_first: float = Field(default=0.0, ge=0, lt=1)
+    bubbles: bool = False
 
     @field_validator("policy_opt", "cost_opt", mode="before")
     @classmethod
@@ -348,8 +349,8 @@ def _settings(merged: dict[str, Any], where: str, label: str, folders: list[Path
                 f"or in the folder that --traces or ${TRACES} names"
             )
         changes["trace"] = str(path)
-    for name in ("policy", "cost", "hardware", "model"):
-        file, colon, rest = getattr(settings, name).partition(":")
+    for name in ("policy", "cost", "hardware", "model", "format"):
+        file, colon, rest = (getattr(settings, name) or "").partition(":")
         prefix = "profiled:" if name == "cost" and file == "profiled" else ""
         if prefix:
             file, colon, rest = rest, "", ""

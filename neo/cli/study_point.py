@@ -23,7 +23,7 @@ from neo.sim.setup import SystemConfig, build_system, simulation
 from neo.workload import Workload
 
 _COMPUTING = ("core", "cost", "policy", "report", "sim", "workload")  # packages that a result depends on
-_FILES = ("trace", "policy", "cost", "hardware", "model")  # settings that may name a file
+_FILES = ("trace", "format", "policy", "cost", "hardware", "model")  # settings that may name a file
 QUANTILES = tuple(range(0, 101, 2))  # percent, of the stored distribution
 
 THROUGHPUTS = (
@@ -108,13 +108,15 @@ def run_point(settings: Settings) -> dict[str, Any]:
     """
     workload = _workload(settings)
     system = build_system(_config(settings))
-    sim = simulation(system, workload, timeout_s=settings.timeout)
+    sim = simulation(system, workload, timeout_s=settings.timeout, bubbles=settings.bubbles)
     record = sim.run()
     columns = request_columns(record)
     slo = SLO.parse(settings.slo) if settings.slo is not None else None
     metrics = compute_metrics(record, slo, settings.drop_first, columns)
     row = flattened(metrics)
     row |= count_requests(record)
+    if settings.bubbles:
+        row["bubbles"] = metrics["bubbles"]
     measured = columns.finished.copy()
     measured[: int(settings.drop_first * len(measured))] = False
     values = columns.latency_per_output_token_s[measured]

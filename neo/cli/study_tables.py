@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -139,9 +139,10 @@ def write_tables(results: Results, out: Path) -> None:
     axes = [name for name, _ in study.axes]
     rate = ["rate"] if results.result.searched and "rate" not in axes else []
     columns = [*axes, *rate]
-    header = ("system", "policy", *columns, "searched", "gain", *COUNTS, *METRICS)
-    rows = [_csv_row(results, p, row, columns, "no") for p, row in results.result.rows]
-    rows += [_csv_row(results, p, row, columns, "yes") for p, row in results.result.searched]
+    waits = bubble_columns(results)
+    header = ("system", "policy", *columns, "searched", "gain", *COUNTS, *METRICS, *waits)
+    rows = [_csv_row(results, p, row, columns, "no", waits) for p, row in results.result.rows]
+    rows += [_csv_row(results, p, row, columns, "yes", waits) for p, row in results.result.searched]
     _write(out / "results.csv", header, rows)
     if results.result.sustained:
         rates = results.result.sustained
@@ -181,13 +182,32 @@ def _ratio(value: float | None, base: float | None) -> float | None:
 
 
 def _csv_row(
-    results: Results, point: Point, row: Row, columns: Sequence[str], searched: str
+    results: Results,
+    point: Point,
+    row: Row,
+    columns: Sequence[str],
+    searched: str,
+    waits: Mapping[str, tuple[str, str]],
 ) -> tuple[Any, ...]:
     at = dict(point.at)
     policy = point.settings.policy.rpartition("/")[2]
     figures = [row.get(name) for name in (*COUNTS, *METRICS)]
+    bubbles = row.get("bubbles", {})
+    figures += [bubbles.get(resource, {}).get(cause) for resource, cause in waits.values()]
     gain = results.gain(point.system, point.at)
     return (point.system, policy, *(at.get(c) for c in columns), searched, gain, *figures)
+
+
+def bubble_columns(results: Results) -> dict[str, tuple[str, str]]:
+    """``bubbles_gpu_cpu_attention_s`` -> (resource, cause) of the report's figures; empty without reports."""
+    rows = [row for _, row in (*results.result.rows, *results.result.searched)]
+    first: Mapping[str, Mapping[str, float]] = next((r["bubbles"] for r in rows if "bubbles" in r), {})
+    return {f"bubbles_{r}_{cause}_s": (r, cause) for r, causes in first.items() for cause in causes}
+
+
+def bubble_reports(results: Results) -> dict[str, Mapping[str, Mapping[str, float]]]:
+    """The bubble report of each point of the grid that has one, by the point's name."""
+    return {point.name: row["bubbles"] for point, row in results.result.rows if "bubbles" in row}
 
 
 def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -269,11 +289,16 @@ def tables(results: Results) -> Iterator[Table]:
             told = digits(a.published, 4) + (" (extrapolated)" if a.extrapolated else "")
             table.add_row(*map(escape, (a.what, a.system, a.x, told, predicted, error)))
         yield table
+    if reports := bubble_reports(results):
+        from neo.report.bubbles import bubble_table
+
+        yield bubble_table(reports)
 
 
 # -- plots ------------------------------------------------------------------------------------------------
 
 PLOTS = ("curves", "gain", "distribution")
+_MOST_IN_FULL = 6  # points whose bubbles are drawn for every resource; of more, the GPU's alone
 
 
 def draw(results: Results, out: Path) -> list[Path]:
@@ -300,4 +325,10 @@ def draw(results: Results, out: Path) -> list[Path]:
             (p.name, row["distribution"], QUANTILES) for p, row in results.result.rows if row["distribution"]
         ]
         paths += plot_distributions(lines, out / "distribution", title=file.title, subtitle=file.note)
+    if reports := bubble_reports(results):
+        from neo.report.bubbles import plot_bubbles
+
+        if len(reports) > _MOST_IN_FULL:
+            reports = {name: {"gpu": report["gpu"]} for name, report in reports.items()}
+        paths += plot_bubbles(reports, out / "bubbles", subtitle=file.title)
     return paths

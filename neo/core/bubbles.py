@@ -12,7 +12,8 @@ without any operation in a step had no work. Per resource, busy time and causes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right, insort
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -95,6 +96,20 @@ def share_out(ran: Sequence[Ran], at: int, low: float, high: float, waits: Resou
             idle[waits, cause] = idle.get((waits, cause), 0.0) + high - since
             high = since
         at = op.bound
+
+
+def bound_by_last(operations: Iterable[tuple[Resource, float, float]]) -> list[Ran]:
+    """Operations that were only watched, (resource, start, end) in order of start, as ``Ran``.
+
+    What each had to wait for is not known: it is taken to be the last that had ended when it began.
+    """
+    ran: list[Ran] = []
+    ends: list[tuple[float, int]] = []
+    for resource, start, end in operations:
+        at = bisect_right(ends, (start, len(ran)))
+        ran.append(Ran(resource, start, end, ends[at - 1][1] if at else -1))
+        insort(ends, (end, len(ran) - 1))
+    return ran
 
 
 # -- steps that are priced -----------------------------------------------------------------------------
@@ -197,10 +212,7 @@ class Bubbles:
             start: when the first repetition began.
             ends: when each repetition ended.
         """
-        if self.end_s is None:
-            self.end_s = self.start_s
-        if start > self.end_s:
-            self._all_idle(start - self.end_s)
+        self._begin(start)
         steps, span = len(ends), ends[-1] - start
         busy = {r: _sum(s, steps) for r, s in busy_seconds(template, list(seconds)).items()}
         if template.serial:
@@ -210,6 +222,36 @@ class Bubbles:
         for resource in RESOURCES:
             self._settle(resource, span, busy.get(resource, 0.0), idle)
         self.end_s = ends[-1]
+
+    def add_operations(
+        self, operations: Iterable[tuple[Resource, float, float]], start: float, end: float
+    ) -> None:
+        """Note a step that was measured.
+
+        Args:
+            operations: (resource, start, end) in order of start; what each waited for is taken to be the last
+                that had ended when it began, what follows the last of all is ``OTHER``.
+            start: when the step began.
+            end: when it ended.
+        """
+        self._begin(start)
+        ran = bound_by_last((r, low - start, high - start) for r, low, high in operations)
+        length, idle = attribute(ran)
+        busy: dict[Resource, float] = {}
+        for op in ran:
+            busy[op.resource] = busy.get(op.resource, 0.0) + op.end - op.start
+        for resource in busy:
+            idle[resource, OTHER] = idle.get((resource, OTHER), 0.0) + max(0.0, end - start - length)
+        for resource in RESOURCES:
+            self._settle(resource, end - start, busy.get(resource, 0.0), idle)
+        self.end_s = end
+
+    def _begin(self, start: float) -> None:
+        """Since the last step everything was idle."""
+        if self.end_s is None:
+            self.end_s = self.start_s
+        if start > self.end_s:
+            self._all_idle(start - self.end_s)
 
     def _settle(self, resource: Resource, span: float, busy: float, idle: Mapping[Any, float]) -> None:
         """Add one resource's share of a step, so that it fills the step to the last rounding."""

@@ -15,27 +15,22 @@ know: times, and requests that stopped early.
 from __future__ import annotations
 
 import traceback
-from bisect import insort
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from neo.core.blocks import BlockPool
+from neo.core.books import Books
 from neo.core.errors import InputError, NeoError, PlanError, PolicyError
 from neo.core.graph import StepGraph
 from neo.core.growth import new_layer_blocks, repeats_fit
 from neo.core.pipeline import compile
-from neo.core.plan import EvictMode, KVMove, MoveOrder, StepPlan
+from neo.core.plan import StepPlan
 from neo.core.request import FinishReason, Request, State, Tier
 from neo.core.specs import HardwareSpec, ModelSpec
 from neo.core.timing import Prices
-from neo.core.validate import check, leaves_whole, moved_blocks
+from neo.core.validate import check
 from neo.core.view import Limits, SystemView
-
-_ADMISSION = attrgetter("sequence")
 
 
 class Planner(Protocol):
@@ -96,7 +91,7 @@ class _Committed(NamedTuple):
 
 
 class Scheduler:
-    """Owns queues and block accounting; applies a plan only after ``validate.check``.
+    """Owns queues and block accounting (``neo.core.books``); applies a plan only after ``validate.check``.
 
     Attributes:
         view: what the policy sees (always current).
@@ -122,34 +117,21 @@ class Scheduler:
                 f"policy {self._name}: staging_layers is {self.staging_layers!r}, not 0 to {most}"
             )
         size = limits.block_size
-        pools = {
-            Tier.GPU: BlockPool(Tier.GPU, gpu_blocks, model.layers, size, self.staging_layers),
-            Tier.CPU: BlockPool(Tier.CPU, cpu_blocks, model.layers, size),
-        }
-        self._requests: dict[str, Request] = {}
-        self._waiting: OrderedDict[str, Request] = OrderedDict()
-        self._prefilling: dict[str, Request] = {}
-        self._decodes: dict[Tier | None, list[Request]] = {Tier.GPU: [], Tier.CPU: [], None: []}
-        self.view = SystemView(
+        self._books = Books(
             model,
             hardware,
             limits,
-            MappingProxyType(pools),
-            self._requests,
-            self._waiting.values(),
-            self._prefilling.values(),
+            BlockPool(Tier.GPU, gpu_blocks, model.layers, size, self.staging_layers),
+            BlockPool(Tier.CPU, cpu_blocks, model.layers, size),
         )
-        self.ended: list[Request] = []
-        self._admitted = 0
+        self._requests = self._books.requests
+        self.view = self._books.view
+        self.ended = self._books.ended
         self._in_flight: StepPlan | None = None
         self._committed: _Committed | None = None  # a step whose effects are applied and that still runs
         self._steps = 1  # repetitions that the running step has blocks for
-        # Sources of copies (tier, request, layer-blocks): freed before the step's new KV, or when it ends.
-        self._making_room: list[tuple[Tier, str, int]] = []
-        self._source_blocks: list[tuple[Tier, str, int]] = []
         self._aborting: dict[str, FinishReason] = {}
         self._stopping: list[_Stop] = []  # what the step planned ahead still holds
-        self._all_layers = (1 << model.layers) - 1
 
     @property
     def _name(self) -> str:
@@ -173,10 +155,7 @@ class Scheduler:
             raise InputError(f"request id {request.id!r} is already in use")
         if request.state is not State.WAITING or request.computed or request.sequence >= 0:
             raise InputError(f"request {request.id!r} has been scheduled before")
-        request.sequence = self._admitted
-        self._admitted += 1
-        self._requests[request.id] = request
-        self._waiting[request.id] = request
+        self._books.admit(request)
 
     def abort(self, request_id: str, now: float, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a request early, in a running step with the step. False if it is not live, or ending."""
@@ -187,7 +166,7 @@ class Scheduler:
         if running and request.state is not State.WAITING:
             self._aborting[request_id] = reason
         else:
-            self._end(request, State.ABORTED, reason, now)
+            self._books.end(request, State.ABORTED, reason, now)
         return True
 
     # -- a step -------------------------------------------------------------------------------------------
@@ -206,7 +185,7 @@ class Scheduler:
             if plan.idle:
                 return None
             graph = self._checked(plan)
-            self._apply(plan, now)
+            self._books.apply(plan, now)
             if graph is None:
                 continue
             self._in_flight = plan
@@ -250,14 +229,14 @@ class Scheduler:
         self._steps = 1
         self._in_flight = None
         first: list[Request] = []
-        ended = self._commit_decodes(plan, steps)
-        ended += self._commit_chunks(plan, first)
-        self._complete_moves(plan)
+        ended = self._books.commit_decodes(plan, steps)
+        ended += self._books.commit_chunks(plan, first)
+        self._books.complete_moves(plan)
         void = self._leave_stopped()
         if void:
             ended = [r for r in ended if not any(r is stop.request for stop in void)]
         for request in ended:
-            self._leave(request, State.FINISHED, FinishReason.LENGTH)
+            self._books.leave(request, State.FINISHED, FinishReason.LENGTH)
         self._committed = _Committed(plan, steps, first, ended, void)
 
     def finish_step(self, planned: Planned, result: StepResult) -> None:
@@ -296,7 +275,7 @@ class Scheduler:
         if request is None or any(stop.request is request for stop in self._stopping):
             return
         if self._in_flight is None or not _takes_part(request, self._in_flight):
-            self._end(request, state, reason, now)
+            self._books.end(request, state, reason, now)
         else:
             self._stopping.append(_Stop(request, state, reason, now, request.generated, request.last_token_s))
 
@@ -304,7 +283,7 @@ class Scheduler:
         """Requests that had stopped leave: what the step planned ahead computed for them is void."""
         stopping, self._stopping = self._stopping, []
         for stop in stopping:
-            self._end(stop.request, stop.state, stop.reason, stop.end_s)
+            self._books.end(stop.request, stop.state, stop.reason, stop.end_s)
             stop.request.generated = stop.generated
         return stopping
 
@@ -348,160 +327,3 @@ class Scheduler:
             f"the policy is idle, nothing more will arrive, {len(self._requests)} requests would wait on",
             first.id,
         )
-
-    def _apply(self, plan: StepPlan, now: float) -> None:
-        for x in plan.reject:
-            x.request.detail = x.reason
-            self._end(x.request, State.REJECTED, FinishReason.REJECTED, now)
-        for e in plan.evict:
-            e.request.preemptions += 1
-            if e.mode is EvictMode.RECOMPUTE:
-                self._recompute(e.request)
-        for e in plan.evict:  # behind those that free blocks without a copy, whatever order the plan has
-            if e.mode is EvictMode.SWAP:
-                self._start_move(KVMove(e.request, Tier.CPU))
-        for m in plan.moves:
-            self._start_move(m)
-        self._release_sources(self._making_room)  # the graph orders a layer's new KV behind its copies
-        for batch in plan.batches:
-            for c in batch.prefill:
-                self._start_chunk(c.request, c.length, c.dst, now)
-        for tier, owner, count in new_layer_blocks(self.view, plan):
-            self.view.pools[tier].take(owner, count)
-
-    def _start_chunk(self, request: Request, length: int, dst: Tier, now: float) -> None:
-        self.view.pools[dst].take(request.id, self.view.growth(request, length))
-        if request.state is State.WAITING:
-            del self._waiting[request.id]
-            self._prefilling[request.id] = request
-            request.state = State.PREFILL
-            request.tier = dst
-            request.host_layers = self._all_layers if dst is Tier.CPU else 0
-            if request.scheduled_s is None:
-                request.scheduled_s = now
-
-    # -- KV that moves ------------------------------------------------------------------------------------
-
-    def _recompute(self, request: Request) -> None:
-        """Drop a request's KV and put it back at the front of the queue."""
-        self._leave_group(request)
-        for pool in self.view.pools.values():
-            pool.release(request.id)
-        request.state = State.WAITING
-        request.computed = 0
-        request.tier = None
-        request.host_layers = 0
-        self._waiting[request.id] = request
-        self._waiting.move_to_end(request.id, last=False)
-
-    def _start_move(self, move: KVMove) -> None:
-        """Take the target blocks; a move ordered before use also changes where the request lives."""
-        view = self.view
-        src = Tier.GPU if move.dst is Tier.CPU else Tier.CPU
-        after = move.order is MoveOrder.AFTER
-        start, stop = move.layers or (0, view.model.layers)
-        mask = ((1 << (stop - start)) - 1) << start
-        if not after:
-            mask &= ~move.request.host_layers if move.dst is Tier.CPU else move.request.host_layers
-        blocks = moved_blocks(view, move, after) // (stop - start) * mask.bit_count()
-        view.pools[move.dst].take(move.request.id, blocks)
-        if not after:
-            early = leaves_whole(move, view.model.layers)
-            (self._making_room if early else self._source_blocks).append((src, move.request.id, blocks))
-            self._relocate(move.request, mask, move.dst)
-
-    def _relocate(self, request: Request, mask: int, dst: Tier) -> None:
-        decoding = request.state is State.DECODE
-        if decoding:
-            self._leave_group(request)
-        host = request.host_layers | mask if dst is Tier.CPU else request.host_layers & ~mask
-        request.host_layers = host
-        request.tier = Tier.GPU if host == 0 else Tier.CPU if host == self._all_layers else None
-        if decoding:
-            self._join_group(request)
-
-    def _release_sources(self, sources: list[tuple[Tier, str, int]]) -> None:
-        for tier, owner, count in sources:
-            self.view.pools[tier].release(owner, count)
-        sources.clear()
-
-    def _complete_moves(self, plan: StepPlan) -> None:
-        self._release_sources(self._source_blocks)
-        for m in plan.moves:
-            if m.order is MoveOrder.AFTER:
-                start, stop = m.layers or (0, self.view.model.layers)
-                blocks = moved_blocks(self.view, m, False)
-                self.view.pools[Tier.GPU].release(m.request.id, blocks)
-                self._relocate(m.request, ((1 << (stop - start)) - 1) << start, Tier.CPU)
-
-    # -- committing ---------------------------------------------------------------------------------------
-
-    def _commit_decodes(self, plan: StepPlan, steps: int) -> list[Request]:
-        ended = []
-        for batch in plan.batches:
-            for r in batch.decodes:
-                r.computed += steps
-                r.generated += steps
-                if r.generated >= r.max_tokens:
-                    ended.append(r)
-            for r in batch.cpu_decode:
-                r.cpu_steps += steps
-        return ended
-
-    def _commit_chunks(self, plan: StepPlan, yielding: list[Request]) -> list[Request]:
-        ended = []
-        for batch in plan.batches:
-            for c in batch.prefill:
-                r = c.request
-                r.computed += c.length
-                if r.computed < r.known:
-                    continue
-                del self._prefilling[r.id]
-                r.state = State.DECODE
-                r.generated += 1
-                yielding.append(r)
-                self._join_group(r)
-                if r.generated >= r.max_tokens:
-                    ended.append(r)
-        return ended
-
-    def _end(self, request: Request, state: State, reason: FinishReason, now: float) -> None:
-        self._leave(request, state, reason)
-        request.finish_s = now
-        self.ended.append(request)
-
-    def _leave(self, request: Request, state: State, reason: FinishReason) -> None:
-        self._leave_group(request)
-        for pool in self.view.pools.values():
-            pool.release(request.id)
-        request.state = state
-        request.finish_reason = reason
-        request.tier = None
-        request.host_layers = 0
-        del self._requests[request.id]
-
-    def _join_group(self, request: Request) -> None:
-        group = self._decodes[request.tier]
-        if group and group[-1].sequence > request.sequence:
-            insort(group, request, key=_ADMISSION)
-        else:
-            group.append(request)
-        self._publish(request.tier)
-
-    def _leave_group(self, request: Request) -> None:
-        if request.state is State.WAITING:
-            del self._waiting[request.id]
-        elif request.state is State.PREFILL:
-            del self._prefilling[request.id]
-        else:
-            self._decodes[request.tier].remove(request)
-            self._publish(request.tier)
-
-    def _publish(self, tier: Tier | None) -> None:
-        members = tuple(self._decodes[tier])
-        if tier is Tier.GPU:
-            self.view.gpu_decodes = members
-        elif tier is Tier.CPU:
-            self.view.cpu_decodes = members
-        else:
-            self.view.split_decodes = members

@@ -165,9 +165,9 @@ class Profiled:
         if not nbytes:
             return 0.0
         alone = self._curve(name, kind).at(nbytes)
-        if not beside:
+        share = self._duplex_share
+        if not beside or share == 1.0:
             return alone
         against = self._curves.get(opposite)
         other = against.at(beside) if against is not None else beside * self._copy_s
-        share = self._duplex_share
         return alone + min(alone, other) / share * (1.0 - share)

@@ -56,7 +56,11 @@ class _Strict(BaseModel):
 
 
 class Provenance(_Strict):
-    """Where, when and how the seconds were measured."""
+    """Where, when and how the seconds were measured.
+
+    ``spread`` is that of repeats, as a share of the median; ``raised`` the largest share by which an entry
+    was raised to one of less work.
+    """
 
     hardware: str
     gpu: str
@@ -67,6 +71,7 @@ class Provenance(_Strict):
     command: str
     repeats: Annotated[int, Field(ge=1)]
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    raised: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
 
 
 class Shape(_Strict):

@@ -11,11 +11,13 @@ Each step, the six steps of the paper:
 5. CPU-bound prefills out of sub-batch 0 again while the CPU stays hidden, newest first;
 6. the GPU-only alternative (sub-batch 0 without CPU decodes) if it is estimated to do more per second.
 
-Step 3 sends KV to the CPU only if enough requests are there for two sub-batches to pay; below that they would
-just wait on the CPU instead of in the queue, their prefill done at the expense of those who run.
+Step 3 sends no more requests to the CPU than shorten the mean time in the system (``HostTarget``), and step
+6 runs CPU decodes only if they do: below saturation a larger batch delays those who run by more than it
+spares those who wait. KV on its way to the CPU takes free GPU blocks for the step, not a layer set aside.
 
-In step 6 the paper counts tokens. A prefill token and a decode token then weigh the same, and under a heavy
-prefill load CPU decodes never pay. By default a decode weighs the GPU time it would take without offload.
+In step 6 the paper minimises T / batch size: a request that yields a token counts one, a whole prompt as
+much as a decode (``worth=requests``). If every token of a prompt counts (``tokens``), CPU decodes never pay
+under a heavy prefill load. By default (``time``) a token weighs the GPU time it would take without offload.
 
 Where nothing lives on the CPU and the GPU has room for all that comes, the plan is that of ``gpu-only``.
 """
@@ -33,6 +35,8 @@ from neo.cost.interface import CostModel
 from neo.policy.checks import in_range
 from neo.policy.estimate import StageTimes
 from neo.policy.gpu_only import GpuOnly, GpuOnlyOptions
+from neo.policy.host_target import HostTarget
+from neo.policy.neo_choice import choose
 from neo.policy.neo_draft import Draft
 
 
@@ -51,22 +55,24 @@ class NeoOptions:
         metadata={"help": "share of a tier's blocks kept free for growth when a request is admitted"},
     )
     swap_in_limit: float = field(
-        default=0.95, metadata={"help": "swap in only up to this share of the GPU blocks [artifact]"}
+        default=0.99, metadata={"help": "swap in only up to this share of the GPU blocks [artifact: 0.95]"}
     )
     min_linear_tokens: int = field(
         default=128,
         metadata={"help": "drop no CPU-bound prefill below this many tokens in sub-batch 0 [artifact]"},
     )
-    worth: Literal["time", "tokens"] = field(
+    worth: Literal["time", "requests", "tokens"] = field(
         default="time",
         metadata={
-            "help": "what a step is judged by: its tokens, as published, or their GPU time without offload"
+            "help": "what a step is judged by: the GPU time its tokens would take without offload, the "
+            "requests that get a token, as published, or all its tokens"
         },
     )
     eager: bool = field(
         default=False,
         metadata={
-            "help": "prefill to the CPU whenever the GPU is full, as published, not only when that can pay"
+            "help": "prefill to the CPU whenever the GPU is full, through a staging layer set aside for it, "
+            "as published, not only when that shortens the mean time in the system"
         },
     )
     skip_longer: bool = field(
@@ -86,13 +92,20 @@ class NeoOptions:
     faithful: bool = field(
         default=False,
         metadata={
-            "help": "prefill=whole worth=tokens eager=true patience_s=1e9, each unless given beside it"
+            "help": "prefill=whole worth=requests eager=true patience_s=1e9 swap_in_limit=0.95, each unless "
+            "given beside it"
         },
     )
 
     # Applied where options are read (neo.policy.registry): only there it is known which were given.
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "faithful": {"prefill": "whole", "worth": "tokens", "eager": True, "patience_s": 1e9}
+        "faithful": {
+            "prefill": "whole",
+            "worth": "requests",
+            "eager": True,
+            "patience_s": 1e9,
+            "swap_in_limit": 0.95,
+        }
     }
 
     def __post_init__(self) -> None:
@@ -109,29 +122,31 @@ class NeoOptions:
 class Neo:
     """See the module's description."""
 
-    staging_layers = 1
     Options = NeoOptions
 
     def __init__(self, options: NeoOptions | None = None) -> None:
         self.options = options or NeoOptions()
         o = self.options
         self._gpu_only = GpuOnly(GpuOnlyOptions(o.prefill, o.token_budget, o.watermark))
+        self.staging_layers = int(o.eager)  # else KV on its way to the CPU takes blocks when it needs them
         self._times: StageTimes | None = None
+        self._target: HostTarget | None = None
 
     def plan(self, view: SystemView, cost: CostModel) -> StepPlan:
         """Decide the next step."""
-        if self._times is None or not self._times.fits(cost):
+        if self._times is None or self._target is None or not self._times.fits(cost):
             self._times = StageTimes(cost, view.model, self.options.cpu_launch_s)
+            self._target = HostTarget(self._times)
         if not view.cpu_decodes and not any(r.tier is Tier.CPU for r in view.prefilling):
             plan = self._gpu_only.plan(view, cost)
             if not plan.evict and (not view.waiting or self._admits_all(view, plan)):
                 return plan
-        draft = Draft(view, self._times, self.options)
+        draft = Draft(view, self._times, self._target, self.options)
         draft.place_gpu_decodes()
         draft.place_prefills()
         draft.place_cpu_decodes()
         draft.drop_prefills()
-        return draft.choose()
+        return choose(draft)
 
     @staticmethod
     def _admits_all(view: SystemView, plan: StepPlan) -> bool:

@@ -1,4 +1,4 @@
-"""The two sub-batches of a step of ``neo`` in the making; see ``neo.policy.neo`` for the six steps."""
+"""The two sub-batches of a step of ``neo`` in the making: steps 2 to 5 of ``neo.policy.neo``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from neo.core.blocks import blocks_for
 from neo.core.growth import growing
-from neo.core.plan import Evict, KVMove, PrefillChunk, Reject, StepPlan, SubBatch
+from neo.core.plan import Evict, KVMove, PrefillChunk, Reject
 from neo.core.request import Request, Tier
 from neo.core.view import SystemView
 from neo.policy.estimate import StageTimes
+from neo.policy.host_target import HostTarget, Outlook
 
 if TYPE_CHECKING:
     from neo.policy.neo import NeoOptions
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 class Draft:
     """The two sub-batches of one step in the making."""
 
-    def __init__(self, view: SystemView, times: StageTimes, options: NeoOptions) -> None:
+    def __init__(self, view: SystemView, times: StageTimes, target: HostTarget, options: NeoOptions) -> None:
         self.view = view
         self.times = times
+        self.target = target
         self.options = options
         self.gpu, self.cpu = view.pools[Tier.GPU], view.pools[Tier.CPU]
         self.layers = view.model.layers
@@ -37,6 +39,9 @@ class Draft:
         # What CPU-bound prefills under way still need is theirs.
         under_way = [r for r in view.prefilling if r.tier is Tier.CPU]
         self.cpu_free = self.cpu.free - sum([view.growth(r, r.remaining_prefill) for r in under_way])
+        # Blocks of one layer that KV may take on its way to the CPU: set aside for good, or free ones.
+        self.ring = 0 if self.gpu.staging_layers else 1
+        self.staging = self.gpu.staging_blocks
         self.attention_s = 0.0
         self.forced = self._starving()
 
@@ -102,29 +107,44 @@ class Draft:
     def place_prefills(self) -> None:
         """Prefills under way, then waiting ones, into sub-batch 0."""
         view = self.view
-        budget = self._prefill_budget()
+        budget = self.prefill_budget()
         slots = view.limits.max_seqs - len(self.gpu_decodes)
-        staging = self.gpu.staging_blocks
+        if self.ring:
+            self.staging = self._free_at_start()
         gone = {e.request.id for e in self.evict}
-        size = view.limits.block_size
+        admits = not self.evict
         for r in view.prefilling:
             if r.id in gone:
                 continue
             length = min(r.remaining_prefill, budget)
             if length <= 0 or slots <= 0:
                 break
-            if r.tier is Tier.CPU:
-                staged = blocks_for(r.computed + length, size)
-                if staged > staging:
-                    continue
-                staging -= staged
+            if r.tier is Tier.CPU and not self._stage(r.computed + length):
+                admits = admits and not self.ring  # blocks that become free are for this one
+                continue
             self.chunks.append(PrefillChunk(r, r.computed, length, r.tier or Tier.GPU))
             budget -= length
             slots -= 1
-        if not self.evict:
-            self._admit(budget, slots, staging)
+        if admits:
+            self._admit(budget, slots)
 
-    def _prefill_budget(self) -> int:
+    def _free_at_start(self) -> int:
+        """GPU layer-blocks free when the step begins: what moves out leaves too late for staging."""
+        gone = sum([self.gpu.held(e.request.id) for e in self.evict])
+        come = [self.view.layer_blocks(m.request.computed) for m in self.moves if m.dst is Tier.GPU]
+        return max(0, self.gpu.free + gone - sum(come))
+
+    def _stage(self, tokens: int) -> bool:
+        """Take the staging room of a request's KV on its way to the CPU; False if there is too little."""
+        blocks = blocks_for(tokens, self.view.limits.block_size)
+        if blocks > self.staging or self.ring * blocks > self.gpu_free:
+            return False
+        self.staging -= blocks
+        self.gpu_free -= self.ring * blocks
+        return True
+
+    def prefill_budget(self) -> int:
+        """Tokens of prefill that a step may have."""
         limits = self.view.limits
         decodes = len(self.gpu_decodes)
         room = limits.max_batch_tokens - decodes - min(len(self.cpu_candidates), limits.max_batch_tokens // 2)
@@ -132,9 +152,9 @@ class Draft:
             return room
         return max(0, min(room, self.options.token_budget - decodes))
 
-    def _admit(self, budget: int, slots: int, staging: int) -> None:
-        view, size = self.view, self.view.limits.block_size
-        offload = self.options.eager or self._pays(len(view.waiting))
+    def _admit(self, budget: int, slots: int) -> None:
+        view = self.view
+        room: int | None = None  # how many more may go to the CPU; asked for when the first would
         to_cpu = self.forced  # a starving request is to get the GPU's next room
         watermark = int(self.gpu.total * self.options.watermark)
         cpu_watermark = int(self.cpu.total * self.options.watermark)
@@ -155,32 +175,37 @@ class Draft:
                 self.gpu_free -= blocks
                 dst = Tier.GPU
             else:
-                if not offload:
+                room = self._host_room() if room is None else room
+                if room <= 0:
                     break
                 to_cpu = True
-                staged = blocks_for(length, size)
                 spare = cpu_watermark if self.cpu_candidates or self.chunks else 0
-                if blocks > self.cpu_free - spare or staged > staging or view.never_fits(r, (Tier.CPU,)):
+                if blocks > self.cpu_free - spare or view.never_fits(r, (Tier.CPU,)):
                     break
-                staging -= staged
+                if not self._stage(length):
+                    break
                 self.cpu_free -= blocks
+                room -= 1
                 dst = Tier.CPU
             self.chunks.append(PrefillChunk(r, 0, length, dst))
             budget -= length
             slots -= 1
 
-    def _pays(self, waiting: int) -> bool:
-        """Whether there are enough requests for two sub-batches to pay.
+    def _host_room(self) -> int:
+        """How many more requests may be sent to the CPU."""
+        view = self.view
+        if self.options.eager:
+            return len(view.waiting)
+        outlook = self.outlook()
+        there = len(self.cpu_candidates) + sum([r.tier is Tier.CPU for r in view.prefilling])
+        return outlook.on_host() - there if outlook is not None else 0
 
-        The second one reads all weights again, so that n CPU decodes beside m GPU decodes bring more tokens
-        per second only if (m + n) / (2 Tl + Tga) > m / (Tl + Tga). With fewer, KV on the CPU would just wait
-        there, its prefill done at the expense of those who run.
-        """
-        count = len(self.gpu_decodes)
-        kv = sum([r.computed for r in self.gpu_decodes]) + count
-        linear = self.times.linear(max(count, 1))
-        attention = self.times.gpu_attention((), count, kv)
-        return len(self.cpu_candidates) + waiting >= count * linear / (linear + attention)
+    def outlook(self) -> Outlook | None:
+        """What to expect of the system as it is."""
+        budget = self.view.limits.max_batch_tokens
+        if self.options.prefill != "whole":
+            budget = min(budget, self.options.token_budget)
+        return self.target.look(self.view, budget)
 
     def _starving(self) -> bool:
         if not self.cpu_candidates:
@@ -330,74 +355,3 @@ class Draft:
 
     def _tokens0(self) -> int:
         return len(self.gpu_decodes) + sum([c.length for c in self.chunks]) + len(self.cpu_decodes[0])
-
-    # -- step 6 -------------------------------------------------------------------------------------------
-
-    def choose(self) -> StepPlan:
-        """The pipelined step, or the GPU-only one if that is estimated to be faster."""
-        first, second = self.cpu_decodes
-        chunks, decodes = tuple(self.chunks), self.gpu_decodes
-        gpu_only = SubBatch(chunks, decodes)
-        if not gpu_only.sequences:
-            return self._without_gpu_work()
-        if not (first or second):
-            return self._plan((gpu_only,), "gpu-only")
-        rate, alone = self.rates()
-        if alone >= rate and not self.forced:
-            return self._plan((gpu_only,), f"gpu-only: {alone:.0f} >= {rate:.0f} pipelined")
-        batches: tuple[SubBatch, ...] = (SubBatch(chunks, decodes, tuple(first)),)
-        if second:
-            batches += (SubBatch(cpu_decode=tuple(second)),)
-        return self._plan(batches, f"pipelined: {rate:.0f} > {alone:.0f} gpu-only")
-
-    def rates(self) -> tuple[float, float]:
-        """Estimated worth per second with the CPU decodes, and without; see ``NeoOptions.worth``."""
-        times, (first, second) = self.times, self.cpu_decodes
-        prefilled = sum([c.length for c in self.chunks])
-        own = len(self.gpu_decodes) + prefilled
-        rows = len(self.gpu_decodes) + len(self.chunks)
-        cpu0 = times.cpu_stage(len(first), self.cpu_kv[0])
-        cpu1 = times.cpu_stage(len(second), self.cpu_kv[1])
-        linear0 = times.linear(own + len(first))
-        extra = len(first) + len(second)
-        if second:
-            layer = max(linear0, cpu1) + max(times.linear(len(second)) + self.attention_s, cpu0)
-        else:
-            layer = linear0 + max(self.attention_s, cpu0)
-        pipelined = self.layers * layer + times.around(own + extra, rows + extra, rows + extra)
-        alone = self.layers * (times.linear(own) + self.attention_s) + times.around(own, rows, rows)
-        decode = self.decode_worth() if self.options.worth == "time" else 1.0
-        worth = prefilled + decode * len(self.gpu_decodes)
-        return (worth + decode * extra) / pipelined, worth / alone
-
-    def decode_worth(self) -> float:
-        """GPU time of a decode in a full GPU-only step, over that of a prefill token."""
-        times = self.times
-        kv = sum(self.cpu_kv) + sum([r.computed for r in self.gpu_decodes])
-        count = len(self.cpu_decodes[0]) + len(self.cpu_decodes[1]) + len(self.gpu_decodes)
-        full = max(1, self.gpu.tokens * count // max(kv, 1))
-        budget = max(self._prefill_budget(), 1)
-        decode = (times.linear(full) + times.gpu_attention((), full, self.gpu.tokens)) / full
-        return decode / (times.linear(budget) / budget)
-
-    def _without_gpu_work(self) -> StepPlan:
-        """Nothing for the GPU to hide the CPU behind: run CPU decodes in one batch, or free their memory."""
-        limits, runnable = self.view.limits, list[Request]()
-        for r in self.cpu_candidates[: min(limits.max_seqs, limits.max_batch_tokens)]:
-            growth = self.view.growth(r)
-            if growth <= self.cpu_free:
-                self.cpu_free -= growth
-                runnable.append(r)
-        while self.cpu_candidates and not runnable:
-            victim = self.cpu_candidates.pop()
-            self.evict.append(Evict(victim))
-            self.cpu_free += self.cpu.held(victim.id)
-            runnable = [r for r in self.cpu_candidates[:1] if self.view.growth(r) <= self.cpu_free]
-        if runnable:
-            return self._plan((SubBatch(cpu_decode=tuple(runnable)),), "CPU decodes alone")
-        return self._plan((), "nothing to run")
-
-    def _plan(self, batches: tuple[SubBatch, ...], why: str) -> StepPlan:
-        if not batches:
-            return StepPlan(reject=tuple(self.reject), why=why)
-        return StepPlan(batches, tuple(self.moves), tuple(self.evict), tuple(self.reject), why)

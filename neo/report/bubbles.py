@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +18,7 @@ from neo.core.bubbles import (
     OTHER,
     SCHEDULING,
     Idle,
-    Ran,
+    bound_by_last,
     share_out,
 )
 from neo.core.graph import Resource
@@ -40,7 +39,7 @@ NAMES = {
     LINK: "other ranks",
     OTHER: "launch, other",
 }
-RESOURCE_NAMES = {"gpu": "GPU", "cpu": "CPU attention", "h2d": "host to GPU", "d2h": "GPU to host"}
+RESOURCE_NAMES = {"gpu": "GPU", "cpu": "CPU", "h2d": "host to GPU", "d2h": "GPU to host"}
 COLORS = {
     BUSY: style.BLUE,
     NO_WORK: "#E5E7EB",
@@ -65,19 +64,19 @@ def bubble_table(summaries: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
     from rich.table import Table
 
     causes = [c for c in (BUSY, *CAUSES) if any(r.get(c) for s in summaries.values() for r in s.values())]
-    table = Table(title="Where the time went (% of the run)", title_justify="left", box=box.SIMPLE)
-    table.add_column("run")
-    table.add_column("resource")
+    title = "Where the time went (% of the run): busy, or idle for"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table.add_column("run", no_wrap=True)
+    table.add_column("resource", no_wrap=True)
     for cause in causes:
-        heading = NAMES[cause] if cause in (BUSY, NO_WORK, OTHER) else f"waits: {NAMES[cause]}"
-        table.add_column(heading, justify="right")
-    table.add_column("duration", justify="right")
+        table.add_column(NAMES[cause], justify="right")
+    table.add_column("duration", justify="right", no_wrap=True)
     for name, summary in summaries.items():
-        for resource, seconds in summary.items():
+        for i, (resource, seconds) in enumerate(summary.items()):
             total = sum(seconds.values())
             shares = [f"{100 * seconds.get(c, 0.0) / total:.1f}" if total else "" for c in causes]
-            shown = [escape(name), RESOURCE_NAMES.get(resource, resource), *shares, format_seconds(total)]
-            table.add_row(*shown, end_section=resource == list(summary)[-1])
+            shown = [RESOURCE_NAMES.get(resource, resource), *shares, "" if i else format_seconds(total)]
+            table.add_row("" if i else escape(name), *shown, end_section=i == len(summary) - 1)
     return table
 
 
@@ -130,21 +129,15 @@ def waits(slices: Sequence[Slice]) -> list[Slice]:
 
 
 def _step_waits(step: int, ordered: list[Slice]) -> list[Slice]:
-    ran: list[Ran] = []
-    free: dict[str, float] = {}
-    ends: list[tuple[float, int]] = []
+    ran = bound_by_last((Resource(s.resource), s.start_s, s.end_s) for s in ordered)
+    free: dict[Resource, float] = {}
     found = []
-    for op in ordered:
-        resource = Resource(op.resource)
-        at = bisect_right(ends, (op.start_s, len(ordered)))
-        bound = ends[at - 1][1] if at else -1
+    for op in ran:
         low = free.get(op.resource)
-        if low is not None and op.start_s > low:
+        if low is not None and op.start > low:
             idle: Idle = {}
-            share_out(ran, bound, low, op.start_s, resource, idle)
+            share_out(ran, op.bound, low, op.start, op.resource, idle)
             _, cause = max(idle, key=lambda key: idle[key])
-            found.append(Slice(step, op.resource, f"{WAIT} {cause}", None, -1, low, op.start_s))
-        insort(ends, (op.end_s, len(ran)))
-        ran.append(Ran(resource, op.start_s, op.end_s, bound))
-        free[op.resource] = op.end_s
+            found.append(Slice(step, op.resource, f"{WAIT} {cause}", None, -1, low, op.start))
+        free[op.resource] = op.end
     return found

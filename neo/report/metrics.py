@@ -201,6 +201,8 @@ def compute_metrics(
         "decisions": decisions,
         "completion_throughput_30_70": completion_throughput(columns.finish_s[done]),
     }
+    if record.bubbles is not None:
+        metrics["bubbles"] = {resource: dict(causes) for resource, causes in record.bubbles.items()}
     if drop_first:
         metrics["drop_first"] = float(drop_first)
     if slo is not None:

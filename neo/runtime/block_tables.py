@@ -37,6 +37,21 @@ class TierBlocks:
         self._free: Ints = np.arange(total, dtype=np.int32)[::-1].copy()
         self._count = total
         self._columns: Ints = np.empty((layers, 0), dtype=np.int32)  # leaving in this step, by layer
+        self._changes: list[tuple[int, int, int]] | None = None
+
+    def watch(self) -> None:
+        """From now on remember which entries of the tables change."""
+        self._changes = []
+
+    def changes(self) -> list[tuple[int, int, int]]:
+        """Entries written since last asked: (slot, start, stop), in some or all layers."""
+        found, self._changes = self._changes or [], []
+        return found
+
+    def wrote(self, slot: int, start: int, stop: int) -> None:
+        """Remember entries that were written."""
+        if self._changes is not None:
+            self._changes.append((slot, start, stop))
 
     @property
     def free(self) -> int:
@@ -89,6 +104,7 @@ class TierBlocks:
         fresh = self.take((more - again) * layers)
         self.tables[:, slot, have + again : blocks] = fresh.reshape(layers, more - again)
         self.held[:, slot] = blocks
+        self.wrote(slot, have, blocks)
 
     def grow_some(self, slot: int, layers: npt.NDArray[np.integer], blocks: int) -> None:
         """The same for the rows of some layers."""
@@ -97,6 +113,7 @@ class TierBlocks:
             new = self.take((blocks - have) * len(layers)).reshape(len(layers), blocks - have)
             self.tables[layers, slot, have:blocks] = new
             self.held[layers, slot] = blocks
+            self.wrote(slot, have, blocks)
 
     def row(self, layer: int, slot: int) -> Ints:
         """The blocks of one row (a view)."""
@@ -255,6 +272,7 @@ class BlockTables:
         new = target.take(blocks.size).reshape(-1, width)
         target.tables[having, slot, :width] = new
         target.held[having, slot] = width
+        target.wrote(slot, 0, width)
         (copies.swap_out if to_host else copies.swap_in).add(having, blocks, new)
         if to_host and len(having) == self.layers:
             source.leave(blocks)

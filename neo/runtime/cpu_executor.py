@@ -24,7 +24,7 @@ from neo.runtime.backend import Backend, KVMemory, Ticket, Worker
 from neo.runtime.block_tables import BlockTables, Copies, Ints
 from neo.runtime.executor import FAULTS, Sample, StepTimes
 from neo.runtime.model import Model
-from neo.runtime.program import Step, fault, program
+from neo.runtime.program import Issued, fault, program, wait_for
 from neo.runtime.rope import Rope
 from neo.runtime.step_inputs import Append, BatchInputs, ChunkRows, StepInputs
 
@@ -126,7 +126,7 @@ class CpuExecutor:
         self._inputs, self._copies, self._sample = inputs, copies, sample
         self._stage(plan, inputs)
         seconds = [0.0] * len(graph.works)
-        issued: list[tuple[Step, int | None, Ticket]] = []
+        issued: list[Issued] = []
         slices: list[Slice] | None = [] if self._ran < self.slices_of else None
         with torch.inference_mode():
             begin = self._walk(graph, seconds, issued, slices)
@@ -149,7 +149,7 @@ class CpuExecutor:
         self,
         graph: StepGraph,
         seconds: list[float],
-        issued: list[tuple[Step, int | None, Ticket]],
+        issued: list[Issued],
         slices: list[Slice] | None,
     ) -> float:
         """Every operation in program order: the GPU's here and now, the others as jobs of their workers."""
@@ -169,8 +169,7 @@ class CpuExecutor:
                     shown = None if offset is None else layer
                     try:
                         if resource is Resource.GPU:
-                            for ticket in after:
-                                ticket.worker.wait(ticket)
+                            wait_for(after, issued)
                             start = clock()
                             self._handlers[kind](batch, layer)
                             end = clock()

@@ -8,7 +8,7 @@ from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_size_
 from functools import cache
 from pathlib import Path
 
-ABI = 2
+ABI = 3
 LIBRARY_VARIABLE = "NEO_CPU_LIBRARY"
 _NAME = "libneo_cpu.so"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +125,32 @@ class Copy(Sized):
     )
 
 
+class Stage(Sized):
+    """``neo_cpu_stage``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("append", POINTER(Append)),
+        ("decode", POINTER(Decode)),
+        ("request", c_void_p),
+        ("answer", c_void_p),
+        ("first", c_uint32),
+        ("layer_stride", c_int64),
+    )
+
+
+class Handover(Sized):
+    """``neo_cpu_handover``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("stages", POINTER(Stage)),
+        ("n_stages", c_int32),
+        ("layers", c_int32),
+        ("times", c_void_p),
+    )
+
+
 class Job(Sized):
     """``neo_cpu_job``."""
 
@@ -134,6 +160,7 @@ class Job(Sized):
         ("append", POINTER(Append)),
         ("decode", POINTER(Decode)),
         ("copy", POINTER(Copy)),
+        ("handover", POINTER(Handover)),
         ("wait_flag", c_void_p),
         ("done_flag", c_void_p),
         ("wait_value", c_uint32),

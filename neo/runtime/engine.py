@@ -222,7 +222,9 @@ class Engine:
     # -- the loop -----------------------------------------------------------------------------------------
 
     def step(self) -> list[Output]:
-        """Run one step, if there is work: plan, run, finish. Returns what it brought, in order of requests.
+        """Run one step, if there is work: plan, run, finish. Returns what it brought, one Output a request.
+
+        Tokens come first, in the order of the step's rows; behind them requests that ended without one.
 
         Raises PlanError and PolicyError from a policy: the engine can go on. Raises EngineError from the
         executor: it cannot, and says so again at every further step.
@@ -252,11 +254,11 @@ class Engine:
         planned, tables = running.planned, self.executor.tables
         for request in self.scheduler.ended:  # aborted since the step before: its blocks may be in this plan
             tables.release(request.id)
-        copies = tables.begin(planned.plan)
-        inputs = prepare(planned.plan, tables, self._live)
         self._sampled, self._unsampled = {}, {}
-        job = (planned.plan, planned.graph, inputs, copies, self._sample)
         try:
+            copies = tables.begin(planned.plan)
+            inputs = prepare(planned.plan, tables, self._live)
+            job = (planned.plan, planned.graph, inputs, copies, self._sample)
             if self._thread is None:
                 return self.executor.run(*job)
             return self._meanwhile(planned, self._thread.submit(self.executor.run, *job))
@@ -266,6 +268,9 @@ class Engine:
         except FAULTS as error:
             self._broken = EngineError(f"step {self.steps} failed: {error}")
             raise self._broken from error
+        except BaseException as error:  # a bug, or an interruption: the step is half done all the same
+            self._broken = EngineError(f"step {self.steps} failed: {type(error).__name__}: {error}")
+            raise
 
     def _meanwhile(self, planned: Planned, future: Future[StepTimes]) -> StepTimes:
         """Plan the next step while this one runs. A policy's error waits until this one's tokens are out."""
@@ -311,7 +316,7 @@ class Engine:
                 end,
                 start=start,
                 stopped=stopped,
-                ops=times.by_operation(graph),
+                ops=times.by_operation(graph) if times.measured else None,
             )
         self.steps += 1
         self.last = times

@@ -30,12 +30,14 @@ class StepTimes:
         seconds: per work entry of the graph, seconds of all its operations together; SCHEDULE's is set by the
             engine.
         slices: every operation, where asked for.
+        measured: whether ``seconds`` holds every operation; else those of CPU_ATTN alone.
     """
 
     begin_s: float
     end_s: float
     seconds: list[float]
     slices: list[Slice] = field(default_factory=list)
+    measured: bool = True
 
     def by_operation(self, graph: StepGraph) -> dict[str, tuple[int, float]]:
         """``KIND:sub-batch`` to (operations, seconds in all), as run logs hold it."""
@@ -49,7 +51,7 @@ class StepTimes:
 
     def busy(self, graph: StepGraph) -> dict[Resource, float]:
         """Seconds each resource worked."""
-        found: dict[Resource, float] = {}
+        found: dict[Resource, float] = {} if self.measured else {Resource.GPU: self.end_s - self.begin_s}
         for kind, seconds in zip(graph.template.kinds, self.seconds, strict=True):
             resource = RESOURCE_OF[kind]
             found[resource] = found.get(resource, 0.0) + seconds

@@ -29,6 +29,7 @@ class KVMemory:
     """
 
     __slots__ = (
+        "__weakref__",
         "block_bytes",
         "block_size",
         "blocks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +33,10 @@ class Bench:
     """Steps of made-up requests on a real executor, outside any scheduler.
 
     Args:
-        executor: its block tables must hold nobody.
+        executor: its block tables must hold nobody; it needs no standing staging buffers.
         model: shape of the model it runs.
         block_size: tokens of a block.
-        staging_layers: staging buffers of the executor.
-        repeats: measured runs of each step, behind one that is not counted.
+        repeats: runs of each step.
         seed: of token ids.
     """
 
@@ -46,14 +45,12 @@ class Bench:
         executor: Executor,
         model: ModelSpec,
         block_size: int,
-        staging_layers: int,
-        repeats: int,
+        repeats: int = 1,
         seed: int = 0,
     ) -> None:
         self.executor = executor
         self.model = model
         self.block_size = block_size
-        self.staging_layers = staging_layers
         self.repeats = repeats
         self._random = np.random.default_rng(seed)
         self._sampler = Sampler(model.vocab)
@@ -71,30 +68,37 @@ class Bench:
     def prefill(self, start: int, length: int, tier: Tier = Tier.GPU) -> Measured:
         """One chunk."""
         request = self.request(start + length, start, tier)
-        ring = 1 if tier is Tier.CPU and not self.staging_layers else 0  # no standing buffer: one of its own
+        ring = 1 if tier is Tier.CPU else 0  # a buffer of the step's own for the prefix that is streamed
         plan = StepPlan((SubBatch((PrefillChunk(request, start, length, tier),)),), ring=ring)
         return self.run(lambda: plan, (request,))
 
-    def pipelined(self, length: int, lengths: Sequence[int]) -> Measured:
-        """A chunk in sub-batch 0, CPU decodes that read ``lengths`` tokens each in sub-batch 1."""
-        request = self.request(length, 0, Tier.GPU)
-        members = tuple([self.decoding(n, Tier.CPU) for n in lengths])
-        first = SubBatch((PrefillChunk(request, 0, length),))
-        plan = StepPlan((first, SubBatch(cpu_decode=members)))
-        return self.run(lambda: plan, (request, *members))
+    def mixed(self, chunks: Mapping[Tier, int], decodes: Mapping[Tier, int]) -> Measured:
+        """One sub-batch: a first chunk of a tier's prompt tokens each, and decodes that read one token."""
+        prompts = [(self.request(n, 0, tier), n, tier) for tier, n in chunks.items() if n]
+        members = {tier: tuple([self.decoding(1, tier) for _ in range(n)]) for tier, n in decodes.items()}
+        batch = SubBatch(
+            tuple([PrefillChunk(r, 0, n, tier) for r, n, tier in prompts]),
+            members.get(Tier.GPU, ()),
+            members.get(Tier.CPU, ()),
+        )
+        of_chunks = [r for r, _, _ in prompts]
+        return self.run(
+            lambda: StepPlan((batch,)), (*of_chunks, *members.get(Tier.GPU, ()), *members.get(Tier.CPU, ()))
+        )
 
-    def swap(self, tokens: int, beside: int = 1) -> tuple[Measured, Measured]:
-        """A decode beside which KV of ``tokens`` tokens moves: to the host, and back."""
-        runs, mover = self.decoding(beside, Tier.GPU), self.decoding(tokens, Tier.GPU)
+    def swap(self, tokens: int, beside: Tier = Tier.GPU) -> tuple[Measured, Measured]:
+        """A decode on a tier, beside which KV of ``tokens`` tokens moves: to the host, and back."""
+        runs, mover = self.decoding(1, beside), self.decoding(tokens, Tier.GPU)
+        batch = SubBatch(gpu_decode=(runs,)) if beside is Tier.GPU else SubBatch(cpu_decode=(runs,))
         found: tuple[list[Measured], list[Measured]] = ([], [])
-        for _ in range(self.repeats + 1):
+        for _ in range(self.repeats):
             for i, dst in enumerate((Tier.CPU, Tier.GPU)):
-                plan = StepPlan((SubBatch(gpu_decode=(runs,)),), (KVMove(mover, dst),))
+                plan = StepPlan((batch,), (KVMove(mover, dst),))
                 found[i].append(self._once(plan))
                 mover.tier = dst
                 mover.host_layers = (1 << self.model.layers) - 1 if dst is Tier.CPU else 0
         self._release((runs, mover))
-        return _joined(found[0][1:]), _joined(found[1][1:])
+        return _joined(found[0]), _joined(found[1])
 
     # -- made-up requests -----------------------------------------------------------------------------------
 
@@ -122,13 +126,13 @@ class Bench:
 
     def run(self, plan: Callable[[], StepPlan], members: Sequence[Request]) -> Measured:
         """Run a plan again and again."""
-        found = [self._once(plan()) for _ in range(self.repeats + 1)]
+        found = [self._once(plan()) for _ in range(self.repeats)]
         self._release(members)
-        return _joined(found[1:])
+        return _joined(found)
 
     def _once(self, plan: StepPlan) -> Measured:
         tables = self.executor.tables
-        graph = compile(plan, self.model, self.block_size, max(1, self.staging_layers))
+        graph = compile(plan, self.model, self.block_size)
         copies = tables.begin(plan)
         times = self.executor.run(plan, graph, prepare(plan, tables, self._known), copies, self._sample)
         tables.commit()

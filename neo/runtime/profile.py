@@ -2,8 +2,9 @@
 
 Steps of chosen shapes run through the executor as an engine would run them; their operations' times fill the
 tables of ``neo-cost-table/1`` (docs/cost-models.md). All shapes are gone through several times, so that a
-machine whose speed drifts biases no part of the table against another. SCHEDULE, the host's own time, comes
-from a short run of a whole engine.
+machine whose speed drifts biases no part of the table against another, each time in another order: like a
+step of an engine, one that is measured finds the caches as a different one left them. SCHEDULE, the host's
+own time, comes from a short run of a whole engine.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -22,10 +25,11 @@ from neo import __version__
 from neo.core.errors import InputError
 from neo.core.pipeline import recv_bytes, send_bytes
 from neo.core.request import Tier
+from neo.cost.interpolation import isotonic
 from neo.cost.table_schema import FORMAT, SHAPE_FIELDS
 from neo.runtime.engine import Engine
 from neo.runtime.measure import Bench, Measured
-from neo.runtime.profile_grid import Grid
+from neo.runtime.profile_grid import Grid, corner, to_corners
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.setup import EngineParts
 from neo.system.config import System
@@ -33,17 +37,21 @@ from neo.system.config import System
 Progress = Callable[[str, float], None]
 """Told what is being measured, and the share that is done."""
 
-_ROUNDS, _QUICK_ROUNDS = 4, 2
-_REPEATS = 2  # measured runs of a shape in a round
+_ROUNDS, _QUICK_ROUNDS = 8, 4  # behind one that is not counted
 _SCHEDULE_PROMPT, _SCHEDULE_OUTPUT = 24, 32  # tokens of the requests that SCHEDULE is measured with
 _SCHEDULE_SEQS = 64
 
 
 class _Samples:
-    """Seconds by table and coordinates."""
+    """Seconds by table and coordinates.
+
+    More work never takes less time in a table: where medians say so they are raised, and ``raised`` is the
+    largest share by which.
+    """
 
     def __init__(self) -> None:
         self._found: dict[str, dict[tuple[int, ...], list[float]]] = {}
+        self.raised = 0.0
 
     def add(self, table: str, at: tuple[int, ...], seconds: float) -> None:
         self._found.setdefault(table, {}).setdefault(at, []).append(seconds)
@@ -62,7 +70,14 @@ class _Samples:
         seconds = [self.at(table, (n,)) for n in sizes]
         if len(sizes) == 1:  # budgets leave no choice, and the format wants two: nothing takes no time
             sizes, seconds = [0, *sizes], [0.0, *seconds]
-        return {"axes": {axis: sizes}, "seconds": seconds}
+        return {"axes": {axis: sizes}, "seconds": self._ascending(seconds)}
+
+    def _ascending(self, seconds: Any) -> Any:
+        measured = np.asarray(seconds, dtype=np.float64)
+        fixed, _ = isotonic(measured, "")
+        shares = np.divide(fixed - measured, fixed, out=np.zeros_like(fixed), where=fixed > 0)
+        self.raised = max(self.raised, float(shares.max()))
+        return fixed.tolist()
 
     def surface(self, table: str, axes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """A two-axis table; what does not fit in memory is continued with the differences of its neighbours.
@@ -80,7 +95,8 @@ class _Samples:
                     up, left, corner = rows[-1][j], row[-1], rows[-1][j - 1]
                     row.append(max(up, left, up + left - corner))
             rows.append(row)
-        return {"axes": {name: list(values) for name, values in axes.items()}, "seconds": rows}
+        lists = {name: list(values) for name, values in axes.items()}
+        return {"axes": lists, "seconds": self._ascending(rows)}
 
     def spread(self) -> float:
         """Median over everything measured of (third quartile - first) / median."""
@@ -111,14 +127,14 @@ class Profiler:
         self.system = system
         self.limits = system.config.limits
         self.progress = progress or (lambda _what, _share: None)
-        pools = system.scheduler().view.pools
-        self.staging_layers = pools[Tier.GPU].staging_layers
-        self.room = {tier: pools[tier].tokens for tier in Tier}
+        # A policy without staging buffers leaves requests the whole budget: a table for every policy.
+        self.whole = replace(system, config=replace(system.config, policy="gpu-only", policy_options={}))
+        self.room = _room(self.whole)
         size = self.limits.block_size
         if self.room[Tier.GPU] < 2 * max(size, 2):
             raise InputError(
-                f"neo profile needs at least 2 GPU KV blocks of {size} tokens, policy "
-                f"{system.config.policy} has {pools[Tier.GPU].blocks} for requests: give more --kv-gpu-blocks"
+                f"neo profile needs at least 2 GPU KV blocks of {size} tokens, not {system.gpu_blocks}: "
+                "give more --kv-gpu-blocks"
             )
         self.on_cpu = self.room[Tier.CPU] > 0
         self.grid = Grid.for_budget(self.limits, self.room[Tier.GPU], self.room[Tier.CPU], quick)
@@ -127,31 +143,36 @@ class Profiler:
 
     def document(self, command: str) -> dict[str, Any]:
         """Measure everything; the content of a cost-table file (JSON-serialisable)."""
-        engine = self.parts.engine(self.system)
+        engine = self.parts.engine(self.whole)
         try:
-            bench = Bench(
-                engine.executor, self.parts.spec, self.limits.block_size, self.staging_layers, _REPEATS
-            )
-            steps = list(self._shapes(bench))
-            for i in range(self.rounds):
-                for k, (what, measure) in enumerate(steps):
-                    self.progress(what, 0.9 * (i + k / len(steps)) / self.rounds)
-                    measure()
+            bench = Bench(engine.executor, self.parts.spec, self.limits.block_size)
+            self._measure(list(self._shapes(bench)))
             described = engine.executor.describe()
         finally:
             engine.close()
         model = self.parts.spec
+        tables = {**self._tables(), "schedule": self._schedule()}
         return {
             "format": FORMAT,
             "provenance": self._provenance(described, command),
             "model": {name: getattr(model, name) for name in ("name", *SHAPE_FIELDS)},
             "tp": 1,
             "dtype": described["dtype"],
-            "tables": {**self._tables(), "schedule": self._schedule()},
+            "tables": tables,
             "contention": self._contention(),
         }
 
     # -- measuring ----------------------------------------------------------------------------------------
+
+    def _measure(self, steps: list[tuple[str, Callable[[], None]]]) -> None:
+        random = Random(0)
+        for i in range(1 + self.rounds):
+            for k, (what, measure) in enumerate(steps):
+                self.progress(what, 0.9 * (i + k / len(steps)) / (1 + self.rounds))
+                measure()
+            if i == 0:
+                self.samples = _Samples()  # first runs take longer
+            random.shuffle(steps)
 
     def _shapes(self, bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
         """What to run in each round."""
@@ -160,6 +181,8 @@ class Profiler:
             for start in grid.starts:
                 if start + n <= max(self.room[Tier.GPU], grid.tokens[-1]):
                     yield "prefill", partial(self._chunk, bench, n, start)
+        for n in grid.beyond:
+            yield "dense work of both tiers", partial(self._beyond, bench, n)
         for n in grid.rows:
             yield "sampling", partial(self._rows, bench, n)
         for n in grid.gpu_sequences:
@@ -178,8 +201,22 @@ class Profiler:
             yield "streams", partial(self._stream, bench, n)
 
     def _rows(self, bench: Bench, n: int) -> None:
-        n = min(n, self.room[Tier.GPU] // self.limits.block_size)
-        self._dense(bench.decode([1] * n, Tier.GPU), n, n)
+        """Decodes that yield ``n`` tokens: on the GPU as many as its blocks allow, the others on the host."""
+        size = self.limits.block_size
+        on_gpu = min(n, self.room[Tier.GPU] // size)
+        on_cpu = min(
+            n - on_gpu, self.room[Tier.CPU] // size
+        )  # fewer only where the axis has a value too many
+        found = bench.mixed({}, {Tier.GPU: on_gpu, Tier.CPU: on_cpu})
+        self._dense(found, on_gpu + on_cpu, on_gpu + on_cpu)
+
+    def _beyond(self, bench: Bench, n: int) -> None:
+        """Rows whose KV the GPU cannot hold: a chunk that fills it, the others bound for or on the host."""
+        on_gpu = min(n, self.room[Tier.GPU])
+        bound = min(n - on_gpu, *self.room.values())
+        decodes = n - on_gpu - bound
+        found = bench.mixed({Tier.GPU: on_gpu, Tier.CPU: bound}, {Tier.CPU: decodes})
+        self._dense(found, n, (on_gpu > 0) + (bound > 0) + decodes)
 
     def _dense(self, found: Measured, tokens: int, rows: int) -> None:
         for table, name, size in (
@@ -216,7 +253,8 @@ class Profiler:
         self._add(table, (sequences, kv_tokens), found[name], max(1.0, kv_tokens / read))
 
     def _swap(self, bench: Bench, tokens: int) -> None:
-        out, into = bench.swap(tokens)
+        room = self.room[Tier.GPU] - self.limits.block_size
+        out, into = bench.swap(tokens, Tier.GPU if tokens <= room else Tier.CPU)
         size = bench.blocks(tokens) * self.limits.block_size * self.parts.spec.kv_bytes_per_token_layer
         self._add("swap_out", (size,), out["SWAP_OUT:-1"])
         self._add("swap_in", (size,), into["SWAP_IN:-1"])
@@ -248,14 +286,14 @@ class Profiler:
         }
         if self.on_cpu:
             axes = {"sequences": grid.cpu_sequences, "kv_tokens": grid.cpu_kv}
-            tables["cpu_attn"] = samples.surface("cpu_attn", axes)
+            tables["cpu_attn"] = to_corners(samples.surface("cpu_attn", axes))
             tables["swap_out"] = samples.curve("swap_out", "bytes")
             tables["swap_in"] = samples.curve("swap_in", "bytes")
             streamed = samples.sizes("stream")
             tables["stream"] = samples.curve("stream", "bytes") if streamed else tables["swap_in"]
             for name, most in (("send", send_bytes), ("recv", recv_bytes)):
                 # Nothing is moved: both sides of this executor see the same memory.
-                size = max(2, most(self.limits.max_seqs, self.parts.spec))
+                size = max(2, most(corner(self.limits.max_seqs), self.parts.spec))
                 tables[name] = {"axes": {"bytes": [1, size]}, "seconds": [0.0, 0.0]}
         return tables
 
@@ -265,7 +303,7 @@ class Profiler:
         """SCHEDULE by requests in the step: a line through the medians of a short engine run."""
         self.progress("scheduling", 0.9)
         most = max(2, min(_SCHEDULE_SEQS, self.limits.max_seqs))
-        room = min([n for n in (*self.room.values(), self.parts.max_model_len) if n])
+        room = min([n for n in (*_room(self.system).values(), self.parts.max_model_len) if n])
         output = max(1, min(_SCHEDULE_OUTPUT, room // 2))
         prompt = max(1, min(_SCHEDULE_PROMPT, room - output))
         engine = self.parts.engine(self.system)
@@ -309,9 +347,16 @@ class Profiler:
             },
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "command": command,
-            "repeats": self.rounds * _REPEATS,
+            "repeats": self.rounds,
             "spread": self.samples.spread(),
+            "raised": self.samples.raised,
         }
+
+
+def _room(system: System) -> dict[Tier, int]:
+    """Tokens of KV that requests may have on each tier."""
+    pools = system.scheduler().view.pools
+    return {tier: pools[tier].tokens for tier in Tier}
 
 
 def _host_seconds(engine: Engine, sequences: int, prompt: int, output: int) -> dict[int, list[float]]:

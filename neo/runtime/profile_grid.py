@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from neo.core.view import Limits
 
@@ -12,9 +15,11 @@ class Grid:
     """Sizes to measure; each axis ascends, and has two values even where budgets allow one.
 
     Attributes:
-        tokens: rows of dense work, and lengths of prefill chunks.
+        tokens: lengths of prefill chunks, all of them rows of dense work.
+        beyond: more rows of dense work than the GPU's memory has tokens: what is bound for the host, and
+            decodes there, beside a chunk.
         starts: prefixes of prefill chunks.
-        rows: that HEAD samples.
+        rows: that HEAD samples, of decodes on both tiers.
         gpu_sequences: of decode attention on the GPU.
         gpu_kv: KV tokens that it reads, over all sequences.
         cpu_sequences: of decode attention on the CPU.
@@ -24,6 +29,7 @@ class Grid:
     """
 
     tokens: tuple[int, ...]
+    beyond: tuple[int, ...]
     starts: tuple[int, ...]
     rows: tuple[int, ...]
     gpu_sequences: tuple[int, ...]
@@ -45,18 +51,27 @@ class Grid:
         size = limits.block_size
         fine = 4 if quick else 2
         both = min(gpu, cpu)
+        tokens = powers(1, min(limits.max_batch_tokens, gpu), fine)
+        most = min(limits.max_batch_tokens, gpu + both + host_decodes(limits, both, cpu))
         return cls(
-            powers(1, min(limits.max_batch_tokens, gpu), fine),
+            tokens,
+            powers(tokens[-1], most, fine)[1:] if most > tokens[-1] else (),
             (0, *within(min(4 * size, gpu - 1), gpu - 1, 8)),
-            powers(1, min(limits.max_seqs, gpu // size), fine),
+            powers(1, min(limits.max_seqs, gpu // size + cpu // size), fine),
             powers(1, min(limits.max_seqs, gpu // size), 4),
             powers(1, gpu, 4),
             powers(1, max(1, min(limits.max_seqs, cpu // size)), 4),
             powers(1, cpu, 4),
-            within(size, min(gpu - size, cpu), 8),  # beside a decode that has a block
+            within(size, max(min(gpu - size, cpu), min(gpu, cpu - size)), 8),  # beside a decode with a block
             within(1, min(both, limits.max_batch_tokens), 8),
-            within(min(size, both - 1), both - 1, 8),
+            within(1, both - 1, 8),
         )
+
+
+def host_decodes(limits: Limits, spilled: int, cpu: int) -> int:
+    """Most decodes on the host beside a chunk on the GPU and one of ``spilled`` tokens bound for the host."""
+    blocks = cpu // limits.block_size - -(-spilled // limits.block_size)
+    return max(0, min(limits.max_seqs - 2, blocks))
 
 
 def powers(first: int, last: int, ratio: int) -> tuple[int, ...]:
@@ -72,3 +87,30 @@ def powers(first: int, last: int, ratio: int) -> tuple[int, ...]:
 def within(first: int, last: int, ratio: int) -> tuple[int, ...]:
     """The same, but nothing beyond ``last``, so perhaps one value or none."""
     return tuple([n for n in powers(first, last, ratio) if n <= last]) if 0 < first <= last else ()
+
+
+def corner(last: int) -> int:
+    """The power of 2 above ``last``."""
+    return 1 << last.bit_length()
+
+
+def to_corners(entry: dict[str, Any]) -> dict[str, Any]:
+    """A two-axis table out to the corners at which ``neo`` asks for it: no KV tokens, and powers of 2.
+
+    The policy interpolates between powers of 2 (as the paper's does), so that it looks beyond the largest
+    step that there can be. There the table goes on with its last slope, as every look-up would, but silently.
+    """
+    first, second = entry["axes"]
+    seconds = np.array(entry["seconds"])
+    axes = {}
+    for axis, name in enumerate((first, second)):
+        sizes = list(entry["axes"][name])
+        seconds = np.moveaxis(seconds, axis, 0)
+        slope = np.maximum(0.0, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
+        far = corner(sizes[-1])
+        seconds = np.moveaxis(np.concatenate([seconds, [seconds[-1] + slope * (far - sizes[-1])]]), 0, axis)
+        axes[name] = [*sizes, far]
+    for axis in (0, 1):  # slopes differ: what ascended must do so still
+        seconds = np.maximum.accumulate(seconds, axis)
+    seconds = np.concatenate([seconds[:, :1], seconds], axis=1)
+    return {"axes": axes | {second: [0, *axes[second]]}, "seconds": seconds.tolist()}

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from neo.core.bubbles import Bubbles
 from neo.core.errors import InputError, PolicyError
+from neo.core.graph import Resource
 from neo.core.record import RunRecord
 from neo.core.request import FinishReason, Request, State
 from neo.core.runlog import RunLog
@@ -57,6 +59,10 @@ class Replay:
         log: where to write the run log.
         progress: called with the number of ended requests, now and then.
         observe: called with every Output.
+        timeline_steps: keep slices of that many first steps only; by default of all whose operations the
+            engine's executor notes.
+        bubbles: note for what each resource waited (``RunRecord.bubbles``); the executor must note the
+            operations of every step.
     """
 
     def __init__(
@@ -68,7 +74,11 @@ class Replay:
         log: RunLog | None = None,
         progress: Callable[[int], None] | None = None,
         observe: Callable[[Output], None] | None = None,
+        timeline_steps: int | None = None,
+        bubbles: bool = False,
     ) -> None:
+        self.timeline_steps = timeline_steps
+        self._bubbles = Bubbles() if bubbles else None
         self.options = options or ReplayOptions()
         self.workload = workload
         self.prompts = prompts
@@ -87,6 +97,8 @@ class Replay:
         """Run to the end of the last request; errors of policy and executor pass through."""
         rows, record, given = self.workload.requests, self.record, self.engine
         record.start_s = rows[0].arrival_s if rows else 0.0
+        if self._bubbles is not None:
+            self._bubbles.start_s = record.start_s
         self._zero = time.perf_counter() - record.start_s
         self.engine = engine = Engine(
             given.scheduler, given.executor, given.vocab, given.options, self._zero, self._log, record
@@ -97,11 +109,17 @@ class Replay:
             self._check_untouched()
         except BaseException:
             record.end_s = engine.clock()
+            self._report_bubbles()
             arrived = {r.id for r in record.requests}
             record.requests += [_request(row) for row in rows[self._next :] if row.id not in arrived]
             raise
         record.end_s = max((r.finish_s or 0.0 for r in record.requests), default=0.0)
+        self._report_bubbles()
         return record
+
+    def _report_bubbles(self) -> None:
+        if self._bubbles is not None:
+            self.record.bubbles = self._bubbles.summary(self.record.end_s)
 
     def close(self) -> None:
         """Stop the engine's threads."""
@@ -206,9 +224,15 @@ class Replay:
             start_s=times.begin_s - times.seconds[0],
             end_s=times.begin_s,
         )
-        self.record.slices += [
+        slices = [
             s._replace(start_s=s.start_s - zero, end_s=s.end_s - zero) for s in (planned, *times.slices)
         ]
+        if self.timeline_steps is None or first.step < self.timeline_steps:
+            self.record.slices += slices
+        if self._bubbles is not None:
+            ordered = sorted(slices, key=lambda s: (s.start_s, s.end_s))
+            ran = [(Resource(s.resource), s.start_s, s.end_s) for s in ordered]
+            self._bubbles.add_operations(ran, slices[0].start_s, times.end_s - zero)
 
     def _check_untouched(self) -> None:
         """Policies only read; what they may have written would make every figure wrong."""

@@ -6,29 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-
 from neo.core.errors import InputError
 from neo.core.record import RunRecord
 from neo.core.request import Tier
 from neo.core.runlog import RunLog
 from neo.core.specs import HardwareSpec, ModelSpec
-from neo.core.view import Limits, SystemView
+from neo.core.view import Limits
 from neo.cost.loading import load_cost_model
-from neo.cost.memory import kv_budget
 from neo.cost.presets import load_hardware
-from neo.runtime.backend import Kind, backend
+from neo.runtime.backend import Kind
 from neo.runtime.block_tables import BlockTables
-from neo.runtime.cpu_executor import CpuExecutor, CpuExecutorOptions
+from neo.runtime.device import Device, DeviceKind, device_of
 from neo.runtime.engine import Engine, EngineOptions
-from neo.runtime.kv_memory import available_bytes
-from neo.runtime.machine import local_hardware, split_cores
 from neo.runtime.model import Model
 from neo.system.config import System, SystemConfig, kv_blocks
 
 THIS_MACHINE = "this"
-_GIB = 1 << 30
-_GPU_KV, _CPU_KV = _GIB, 2 * _GIB  # bytes that KV takes of this machine's memory unless told otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +38,9 @@ class EngineConfig:
         cpu_threads: of CPU attention.
         backend: ``native`` kernels, ``torch``, or what there is (``auto``).
         ahead: plan the next step while one runs.
+        device: what the model runs on; ``auto`` takes a GPU where there is one.
+        gpu_memory_bytes: of a GPU's memory to be used at most.
+        graphs: replay steps that only decode as CUDA graphs.
     """
 
     model: str
@@ -67,6 +63,9 @@ class EngineConfig:
     backend: Kind = "auto"
     seed: int = 0
     ahead: bool = False
+    device: DeviceKind = "auto"
+    gpu_memory_bytes: int | None = None
+    graphs: bool = True
 
 
 class EngineParts:
@@ -77,13 +76,16 @@ class EngineParts:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.gpu_threads, self.cpu_threads = split_cores(config.gpu_threads, config.cpu_threads)
-        torch.set_num_threads(self.gpu_threads)
+        self.device = device_of(config)
         self.model = Model.load(
-            config.model, load_format=config.load_format, dtype=config.dtype, seed=config.seed
+            config.model,
+            load_format=config.load_format,
+            dtype=config.dtype,
+            device=self.device.torch,
+            seed=config.seed,
         )
         if config.hardware == THIS_MACHINE:
-            self.hardware = local_hardware(self.gpu_threads, self.cpu_threads)
+            self.hardware = self.device.hardware()
         else:
             self.hardware = load_hardware(config.hardware)
         self.spec = self.model.config.spec()
@@ -92,7 +94,7 @@ class EngineParts:
         """The System, with fields of the config (policy, cost model, ...) changed."""
         config = replace(self.config, **changes)
         cost = load_cost_model(config.cost_model, self.spec, self.hardware, dict(config.cost_options))
-        gpu, cpu = _budgets(config, self.spec, self.hardware)
+        gpu, cpu = _budgets(config, self.device, self.spec, self.hardware)
         described = SystemConfig(
             policy=config.policy,
             hardware=self.hardware.name,
@@ -117,18 +119,12 @@ class EngineParts:
         """A fresh engine; its KV memory is reserved now, or refused with the numbers."""
         scheduler = system.scheduler()
         pools = scheduler.view.pools
-        _check_memory(scheduler.view)
+        self.device.check(scheduler.view)
         tables = BlockTables(
             self.spec.layers, system.config.limits.block_size, pools[Tier.GPU].total, pools[Tier.CPU].total
         )
-        executor = CpuExecutor(
-            self.model,
-            backend(self.config.backend, self.gpu_threads),
-            tables,
-            (pools[Tier.GPU].staging_layers, pools[Tier.GPU].staging_blocks),
-            CpuExecutorOptions(self.cpu_threads, self.config.cpu_cores),
-            slices_of,
-        )
+        staging = pools[Tier.GPU].staging_layers, pools[Tier.GPU].staging_blocks
+        executor = self.device.executor(self.model, tables, staging, system.config.limits, slices_of)
         options = EngineOptions(
             self.max_model_len, self.model.config.eos_token_ids, self.config.seed, self.config.ahead
         )
@@ -143,27 +139,14 @@ class EngineParts:
         return most if asked is None else asked
 
 
-def _check_memory(view: SystemView) -> None:
-    """Raise InputError, with the numbers, if the KV of both tiers is more than this machine's free memory."""
-    gpu, cpu = view.pools[Tier.GPU], view.pools[Tier.CPU]
-    block_bytes = view.limits.block_size * view.model.kv_bytes_per_token_layer
-    asked = (gpu.total + gpu.staging_layers * gpu.staging_blocks) * block_bytes, cpu.total * block_bytes
-    free = available_bytes()
-    if free is not None and sum(asked) > free:
-        raise InputError(
-            f"KV memory of {asked[0] / _GIB:.2f} GiB for the GPU ({gpu.blocks} blocks) and "
-            f"{asked[1] / _GIB:.2f} GiB for the host ({cpu.blocks} blocks) is {sum(asked)} bytes, but {free} "
-            f"bytes ({free / _GIB:.2f} GiB) of memory are available: give fewer blocks"
-        )
-
-
-def _budgets(config: EngineConfig, model: ModelSpec, hardware: HardwareSpec) -> tuple[int, int]:
+def _budgets(
+    config: EngineConfig, device: Device, model: ModelSpec, hardware: HardwareSpec
+) -> tuple[int, int]:
     """KV blocks of both tiers: as asked for, else what memory leaves, up to a friendly size."""
     block_bytes = config.limits.block_size * model.kv_bytes_per_token
     gpu = kv_blocks("gpu", config.kv_gpu_blocks, config.kv_gpu_bytes, block_bytes)
     cpu = kv_blocks("cpu", config.kv_cpu_blocks, config.kv_cpu_bytes, block_bytes)
     if gpu is None or cpu is None:
-        budget = kv_budget(model, hardware, config.limits)
-        gpu = max(1, min(budget[0], _GPU_KV // block_bytes)) if gpu is None else gpu
-        cpu = min(budget[1], _CPU_KV // block_bytes) if cpu is None else cpu
+        default = device.default_blocks(model, hardware, config.limits)
+        gpu, cpu = (d if asked is None else asked for asked, d in zip((gpu, cpu), default, strict=True))
     return gpu, cpu

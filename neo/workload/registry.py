@@ -1,12 +1,14 @@
-"""The trace formats: registered by name with a decorator, or found by entry point (``neo.trace_formats``)."""
+"""The trace formats: registered by name with a decorator, in a user's file too, or found by entry point."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from neo.core.errors import InputError
+from neo.core.plugins import load_object
 from neo.workload.base import TraceRequest
 from neo.workload.source import Source, shown
 
@@ -71,13 +73,34 @@ def json_lines_with(field: str) -> Sniffer:
 
 
 def format_named(name: str) -> TraceFormat:
-    """The format of that name, installed plugins included; InputError listing the known ones if none."""
+    """The format of that name, installed plugins included, or of ``path/to/file.py:reader``.
+
+    Raises:
+        InputError: there is none, with those that are known; or the file cannot be loaded, with its line.
+    """
+    if ".py:" in name:
+        return _written_in_file(name)
     if name not in FORMATS:
         problems = _load_plugins(name)
         if name not in FORMATS:
             why = problems[0] if problems else f"unknown trace format {name!r}"
             raise InputError(f"{why}; known formats: {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def _written_in_file(spec: str) -> TraceFormat:
+    """The format of ``path/to/file.py:reader``; a file is loaded once, as modules are."""
+    file, _, reader = spec.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    for known in FORMATS.values():
+        code = getattr(known.read, "__code__", None)
+        if code is not None and code.co_name == reader and Path(code.co_filename).resolve() == path:
+            return known
+    read = load_object(spec, "trace format")
+    found = next((f for f in FORMATS.values() if f.read is read), None)
+    if found is None:
+        raise InputError(f"trace format '{spec}': {reader} is no reader, @trace_format registers those")
+    return found
 
 
 def sniff_format(source: Source) -> TraceFormat:

@@ -99,8 +99,10 @@ def test_whatever_is_planned_ahead_the_books_balance(seed: int, stop: float, abo
 @pytest.mark.parametrize("policy", ["gpu-only", "neo", "fastdecode"])
 def test_without_surprises_the_plans_are_those_of_stepping(policy: str) -> None:
     ends = []
+    # What neo expects to arrive depends on the clock, which the two drivers of this test let run differently.
+    options = {"eager": "true"} if policy == "neo" else {}
     for ahead in (False, True):
-        scheduler = make_scheduler(BUILT_IN[f"{policy}/chunked"](), gpu=24, cpu=40)
+        scheduler = make_scheduler(BUILT_IN[f"{policy}/chunked"](**options), gpu=24, cpu=40)
         requests = some(scheduler, Random(3))
         if ahead:
             Ahead(scheduler, 0).run(2000)

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -67,7 +68,8 @@ def test_model_preset(name: str) -> None:
     assert {k: v for k, v in check_model(data, path).items() if k in data} == data
     model = load_model(name)
     assert model.name == name
-    billions = float(name.rsplit("-", 1)[1].removesuffix("b"))
+    number, unit = re.fullmatch(r".*?([\d.]+)([bm])", name).groups()  # type: ignore[union-attr]
+    billions = float(number) * {"b": 1.0, "m": 1e-3}[unit]
     assert model.params / 1e9 == pytest.approx(billions, rel=0.25)
     assert all(row["source"].strip() for row in presets.model_sources(name))
 

@@ -1,4 +1,4 @@
-"""``flexgen``: the search, and the blocks it is run in; ``neo`` as published."""
+"""``flexgen``: the search, and the blocks it is run in."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from neo.core.scheduler import Scheduler, StepResult
 from neo.core.view import Limits
 from neo.policy import flexgen
 from neo.policy.flexgen_search import Placement, Problem, _Block, search
-from neo.policy.neo import NeoOptions
-from neo.policy.registry import load_policy, policy_class, policy_options
+from neo.policy.registry import load_policy
 from neo.sim.setup import SystemConfig, build_system
 
 CPU, GPU = Tier.CPU, Tier.GPU
@@ -186,41 +185,3 @@ def test_what_fits_nowhere_is_rejected_with_its_numbers(monkeypatch: pytest.Monk
         ("wide", "needs 116"),
     ]
     assert [c.request.id for c in plan.batches[0].prefill] == ["fits"]
-
-
-# -- neo as published -------------------------------------------------------------------------------------
-
-
-def test_faithful_is_the_published_behaviour_and_what_is_given_beside_it_wins() -> None:
-    def options(**given: str) -> NeoOptions:
-        return load_policy("neo", given).options  # type: ignore[attr-defined, no-any-return]
-
-    got = options(faithful="true")
-    assert (got.prefill, got.worth, got.eager, got.patience_s) == ("whole", "tokens", True, 1e9)
-    got = options(faithful="true", prefill="chunked", patience_s="10")
-    assert (got.prefill, got.worth, got.eager, got.patience_s) == ("chunked", "tokens", True, 10.0)
-    assert options(faithful="false") == NeoOptions()
-
-
-def test_faithful_in_name_only_is_refused() -> None:
-    with pytest.raises(ValueError, match="as published"):
-        NeoOptions(faithful=True)
-    given = {"faithful": "true", "prefill": "chunked", "worth": "time", "eager": "false", "patience_s": "1"}
-    with pytest.raises(InputError, match="faithful=true, but no option"):
-        load_policy("neo", given)
-
-
-def test_faithful_plans_as_its_options_spelled_out() -> None:
-    spelled = {"prefill": "whole", "worth": "tokens", "eager": "true", "patience_s": "1e9"}
-    ends = []
-    for options in ({"faithful": "true"}, spelled):
-        drive = Drive(make_scheduler(load_policy("neo", options), gpu=12, cpu=40, cost=ToyCost(cpu=0.02)))
-        for i in range(8):
-            drive.add(6 + i, 9)
-        drive.drain(500)
-        ends.append([r.finish_s for r in drive.submitted])
-    assert ends[0] == ends[1]
-
-
-def test_it_is_listed() -> None:
-    assert "faithful" in [o.name for o in policy_options(policy_class("neo"))]

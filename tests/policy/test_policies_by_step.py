@@ -18,10 +18,10 @@ CPU, GPU = Tier.CPU, Tier.GPU
 
 
 def scene(
-    name: str, *, cost: ToyCost | None = None, **sizes: Any
+    name: str, *, cost: ToyCost | None = None, options: dict[str, str] | None = None, **sizes: Any
 ) -> tuple[Scheduler, Callable[[], StepPlan]]:
     """A scheduler to set up by hand, and the policy's plan for what it then is."""
-    policy = BUILT_IN[name]()
+    policy = BUILT_IN[name](**(options or {}))
     scheduler = make_scheduler(Fixed(staging_layers=getattr(policy, "staging_layers", 0)), cost=cost, **sizes)
 
     def plan() -> StepPlan:
@@ -92,7 +92,7 @@ def test_neo_plans_as_gpu_only_while_all_fits() -> None:
 
 
 def test_neo_swaps_the_newest_out_until_the_others_fit() -> None:
-    s, plan = scene("neo/chunked", gpu=8, cpu=40)  # 6 blocks remain beside the staging layer
+    s, plan = scene("neo/chunked", gpu=6, cpu=40)
     a, b, c = (decoding(s, name, max_tokens=9) for name in "abc")
     got = plan()
     assert [(m.request, m.dst, m.layers) for m in got.moves] == [(c, CPU, None)]
@@ -101,7 +101,7 @@ def test_neo_swaps_the_newest_out_until_the_others_fit() -> None:
 
 
 def test_neo_preempts_where_host_memory_is_full_too() -> None:
-    s, plan = scene("neo/chunked", gpu=8, cpu=1)
+    s, plan = scene("neo/chunked", gpu=6, cpu=1)
     a, b, c = (decoding(s, name, max_tokens=9) for name in "abc")
     got = plan()
     assert [e.request for e in got.evict] == [c]
@@ -118,7 +118,8 @@ def test_neo_swaps_the_oldest_in_and_never_in_both_directions() -> None:
 
 
 def test_neo_puts_prefills_on_the_cpu_behind_the_first_that_does_not_fit() -> None:
-    s, plan = scene("neo/chunked", gpu=10, cpu=60, cost=ToyCost(cpu=0.02))  # 8 blocks remain
+    eager = {"eager": "true"}
+    s, plan = scene("neo/chunked", gpu=10, cpu=60, options=eager)  # 8 blocks remain beside the staging layer
     decoding(s, "a", max_tokens=9)
     for name, prompt in (("b", 10), ("c", 14), ("d", 3)):
         s.add(Request(name, prompt, 4))
@@ -128,11 +129,14 @@ def test_neo_puts_prefills_on_the_cpu_behind_the_first_that_does_not_fit() -> No
 
 def test_neo_pipelines_where_that_pays_and_stays_on_the_gpu_where_it_does_not() -> None:
     def under(cost: ToyCost) -> StepPlan:
-        s, plan = scene("neo/chunked", gpu=12, cpu=80, cost=cost, max_seqs=20)
+        s, plan = scene("neo/chunked", gpu=9, cpu=80, cost=cost, max_seqs=20)
         for name in "abc":
             decoding(s, name, 8, 40)
         for name in "uvwxyz":
             decoding(s, name, 8, 40, tier=CPU)
+        for i in range(99):  # more than the GPU alone could serve
+            s.add(Request(f"w{i}", 8, 40, arrival_s=0.001 * i))
+        s.view.now = 0.1
         return plan()
 
     fast, slow = under(ToyCost(cpu=0.02, link=0.1)), under(ToyCost(cpu=1000.0))
@@ -142,7 +146,7 @@ def test_neo_pipelines_where_that_pays_and_stays_on_the_gpu_where_it_does_not() 
 
 
 def test_neo_does_not_let_a_cpu_request_starve() -> None:
-    s, plan = scene("neo/chunked", gpu=12, cpu=80, cost=ToyCost(cpu=1000.0))
+    s, plan = scene("neo/chunked", gpu=9, cpu=80, cost=ToyCost(cpu=1000.0))
     for name in "abc":
         decoding(s, name, 8, 40)
     old = decoding(s, "old", 8, 40, tier=CPU)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from support import MACHINE, ToyCost
 
+from neo.core.graph import StepGraph
+from neo.core.plan import StepPlan
 from neo.core.request import FinishReason, Tier
 from neo.core.scheduler import Scheduler
 from neo.core.view import Limits
@@ -16,10 +18,48 @@ from neo.runtime.backend import backend
 from neo.runtime.block_tables import BlockTables
 from neo.runtime.cpu_executor import CpuExecutor, CpuExecutorOptions
 from neo.runtime.engine import Engine, EngineOptions, Output
+from neo.runtime.executor import StepTimes
 from neo.runtime.model import Model
+from neo.runtime.model_config import ModelConfig
 from neo.runtime.sampling_params import SamplingParams
+from neo.runtime.weights import RandomWeights, load_weights
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
+VOCAB = 96
+SPIN_US = 0  # tests share few cores with others: who waits sleeps
+
+TINY_TOML = """
+name = "tiny"
+source = "test"
+layers = 2
+hidden = 64
+heads = 2
+kv_heads = 1
+head_dim = 64
+intermediate = 96
+vocab = 256
+max_positions = 128
+mlp_matrices = 3
+tied_embeddings = true
+dtype_bytes = 4
+"""
+"""A preset of a model that commands can run with random weights."""
+
+
+def tiny_model(layers: int = 3, max_positions: int = 256, seed: int = 0) -> Model:
+    """A float32 Llama of random weights: nothing to read, everything to compute."""
+    config = ModelConfig(
+        "tiny", "llama", 64, layers, 4, 2, 16, 96, VOCAB, max_positions, eos_token_ids=(2,), dtype="float32"
+    )
+    return Model(
+        config, load_weights(config, RandomWeights(seed, layers), torch.float32, torch.device("cpu"))
+    )
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    """Token ids, none of them the end token of ``tiny_model``."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
 
 
 def make_engine(
@@ -33,11 +73,12 @@ def make_engine(
     kind: Any = "auto",
     threads: int = 1,
     slices_of: int = 0,
+    graphs: bool = True,
     log: Any = None,
     record: Any = None,
     **options: Any,
 ) -> Engine:
-    """An engine of ``gpu`` and ``cpu`` blocks; ``kind`` names the backend.
+    """An engine of ``gpu`` and ``cpu`` blocks; ``kind`` names the backend, or is ``cuda``.
 
     torch gets one thread: a test's matrices are too small to be shared out.
     """
@@ -49,16 +90,32 @@ def make_engine(
     tables = BlockTables(
         spec.layers, budget.block_size, pools[Tier.GPU].total, pools[Tier.CPU].total, slots=2
     )
-    executor = CpuExecutor(
-        model,
-        backend(kind, 1),
-        tables,
-        (pools[Tier.GPU].staging_layers, pools[Tier.GPU].staging_blocks),
-        CpuExecutorOptions(threads),
-        slices_of,
-    )
+    staging = pools[Tier.GPU].staging_layers, pools[Tier.GPU].staging_blocks
+    executor: Any
+    if kind == "cuda":
+        executor = cuda_executor(model, tables, budget, staging, threads, slices_of, graphs)
+    else:
+        executor = CpuExecutor(
+            model, backend(kind, 1), tables, staging, CpuExecutorOptions(threads, spin_us=SPIN_US), slices_of
+        )
     most = {"max_model_len": model.config.max_positions, **options}
     return Engine(scheduler, executor, spec.vocab, EngineOptions(**most), log=log, record=record)
+
+
+def cuda_executor(
+    model: Model,
+    tables: BlockTables,
+    limits: Limits,
+    staging: tuple[int, int],
+    threads: int,
+    slices_of: int,
+    graphs: bool,
+) -> Any:
+    """An executor on a GPU, for a model that is there."""
+    from neo.runtime.cuda_executor import CudaExecutor, CudaExecutorOptions
+
+    options = CudaExecutorOptions(limits.max_batch_tokens, limits.max_seqs, threads, graphs=graphs)
+    return CudaExecutor(model, tables, options, staging, slices_of)
 
 
 @dataclass
@@ -96,3 +153,38 @@ def run(engine: Engine, most: int = 3000, found: Collected | None = None) -> Col
 def add(engine: Engine, name: str, prompt: Sequence[int], max_tokens: int = 8, **params: Any) -> None:
     """Queue a request; greedy to its full length unless said otherwise."""
     engine.add(name, prompt, SamplingParams(max_tokens=max_tokens, **{**GREEDY, **params}))
+
+
+@dataclass
+class Ran:
+    """A step that an executor has run."""
+
+    plan: StepPlan
+    graph: StepGraph
+    times: StepTimes
+
+
+class Watched:
+    """An executor that keeps what it ran; ``before`` is called with each plan."""
+
+    def __init__(self, inner: CpuExecutor, before: Callable[[StepPlan], None] | None = None) -> None:
+        self.inner = inner
+        self.before = before
+        self.ran: list[Ran] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def run(self, plan: StepPlan, graph: StepGraph, *rest: Any) -> StepTimes:
+        if self.before is not None:
+            self.before(plan)
+        times = self.inner.run(plan, graph, *rest)
+        self.ran.append(Ran(plan, graph, times))
+        return times
+
+
+def watch(engine: Engine, before: Callable[[StepPlan], None] | None = None) -> Watched:
+    """Put a Watched around an engine's executor."""
+    assert isinstance(engine.executor, CpuExecutor)
+    engine.executor = Watched(engine.executor, before)
+    return engine.executor

@@ -104,6 +104,22 @@ def test_a_pause_is_no_work(make: Make) -> None:
     assert [s for s in columns.end_s if s > second[0]] == list(columns.end_s)[-2:]
 
 
+def test_bubbles_of_a_measured_run_fill_its_time(make: Make) -> None:
+    """What ran, by the record's own account, and what was waited for; slices only of the steps asked for."""
+    load = workload(*((f"r{i}", 0.01 * (i // 4), 20, 6) for i in range(12)))
+    replay = make(load, "fastdecode", slices_of=10**9, timeline_steps=2, bubbles=True)
+    record = replay.run()
+    assert record.bubbles is not None
+    assert {s.step for s in record.slices} == {0, 1}
+    span = max(record.end_s, list(record.columns.end_s)[-1]) - record.start_s
+    for resource, parts in record.bubbles.items():
+        assert parts["busy"] == pytest.approx(record.busy.get(resource, 0.0), rel=1e-6)
+        assert sum(parts.values()) == pytest.approx(span, rel=1e-3)
+        assert min(parts.values()) >= -1e-4
+    assert record.bubbles["gpu"]["cpu_attention"] > 0
+    assert record.bubbles["cpu"]["gpu"] > 0
+
+
 def test_clients_that_give_up(make: Make) -> None:
     load = workload(
         ("gone", 0.0, 9, ENDLESS, 0, None, 0.0),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from neo.core.errors import InputError
 from neo.workload import TraceRequest, Workload, read_trace, write_jsonl
+from neo.workload.registry import FORMATS
 from neo.workload.source import MAX_TOKENS, Timestamps
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -228,3 +229,34 @@ def test_json_lines_longer_than_the_sniffed_head(tmp_path: Path) -> None:
     for _ in range(2):
         content.write(json.dumps(row) + "\n")
     assert len(read_trace(_file(tmp_path, content.getvalue()))) == 2
+
+
+OWN = """
+from neo.workload import TraceRequest, trace_format
+
+@trace_format("own-lines", "lines of in out", lambda source: False)
+def read_own(source):
+    source.has_arrivals = False
+    for number, line in enumerate(source.lines()):
+        prompt, output = map(int, line.split())
+        yield TraceRequest(str(number), 0.0, prompt, output)
+
+def helper():
+    pass
+"""
+
+
+def test_a_format_in_a_file_of_one_s_own_needs_no_more_than_its_name(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "t.txt").write_text("5 6\n7 8\n")
+    try:
+        for _ in range(2):  # a file is loaded once
+            found = read_trace(tmp_path / "t.txt", f"{tmp_path / 'own.py'}:read_own")
+            assert [(r.prompt_tokens, r.output_tokens) for r in found.requests] == [(5, 6), (7, 8)]
+    finally:
+        FORMATS.pop("own-lines", None)
+    with pytest.raises(InputError, match="helper is no reader, @trace_format registers those"):
+        read_trace(tmp_path / "t.txt", f"{tmp_path / 'own.py'}:helper")
+    FORMATS.pop("own-lines", None)
+    with pytest.raises(InputError, match="no such file"):
+        read_trace(tmp_path / "t.txt", f"{tmp_path / 'gone.py'}:read")

@@ -1,0 +1,54 @@
+// What the kernels of decode attention share with the code that launches them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "neo_cuda.h"
+
+namespace neo {
+
+constexpr int TILE = 16;           // tokens that a warp takes at once
+constexpr int HEADS_OF_MMA = 8;    // query heads in the n of m16n8k16
+constexpr int WARPS_OF_CTA = 4;
+constexpr int MAX_STAGES = 8;
+
+// Where a worker (a warp) begins: the tile-th tile of a unit of a row, and how many tiles it takes from there on.
+// Rows, units of a row (KV heads, cut where more than heads_of_unit query heads share one) and tiles of a unit follow
+// each other in one line that the workers cut into equal runs.
+struct alignas(16) Start {
+    int32_t row, unit, tile, count;
+};
+
+struct Plan {
+    int32_t *run;        // [4]: tiles in a worker's run, all tiles
+    Start *starts;       // [workers]
+    int32_t *arrived;    // [rows * units]: parts of a unit that are done; 0 between calls
+    float2 *max_and_sum; // [2 * workers][heads_of_unit]: of partial results; the maximum in units of log2
+    float *sum_v;        // [2 * workers][heads_of_unit][head_dim]
+};
+
+struct Attention {
+    const void *cache, *q;
+    void *out;
+    int64_t q_stride, q_head_stride, out_stride, out_head_stride; // elements
+    int64_t block_stride, head_stride;                            // elements of the cache
+    const int32_t *tables, *slots, *lengths;
+    int64_t table_stride;
+    Plan plan;
+    int32_t rows, q_heads, kv_heads, group; // group: query heads per KV head
+    int32_t units, cuts;                    // units of a row; of a KV head
+    int32_t head_dim, block_shift;          // log2 of the block size
+    int32_t workers, stages;
+    float scale_log2; // scale * log2(e)
+};
+
+// Bytes of shared memory that one tile of one warp takes: K as [token half][d][8 tokens], V's rows padded by 16 bytes.
+constexpr int tile_bytes(int head_dim) { return 2 * TILE * head_dim + TILE * (2 * head_dim + 16); }
+template <int D> constexpr int TILE_BYTES = tile_bytes(D); // for device code
+
+// n tiles of 8 query heads each. One kernel for each type, in files of their own so that they build side by side.
+cudaError_t launch_mma_f16(const Attention &args, int n, int ctas, cudaStream_t stream) noexcept;
+cudaError_t launch_mma_bf16(const Attention &args, int n, int ctas, cudaStream_t stream) noexcept;
+cudaError_t launch_plain(const Attention &args, int dtype, cudaStream_t stream) noexcept;
+
+} // namespace neo

@@ -1,0 +1,223 @@
+// Rows to the host and back, with numbers in pinned memory instead of calls. See neo_cuda.h for the protocol.
+
+#include <algorithm>
+
+#include <ptx.cuh>
+
+#include "check.h"
+
+namespace {
+
+using namespace neo;
+
+constexpr int THREADS = 256;
+constexpr int AHEAD = 4;                  // loads of 16 bytes that a thread has under way
+constexpr int BYTES_OF_CTA = 32 * 1024;   // below that, another block of threads gains less than it costs
+constexpr int MAX_CTAS = 16;
+constexpr unsigned POLL_NS = 100;
+
+// Of a channel, in device memory.
+struct State {
+    uint32_t arrived; // blocks of the post that runs
+    uint32_t number;  // posts so far
+    uint32_t failed;
+    uint32_t unused;
+};
+
+__device__ int rows_of(const int32_t *rows_at, int rows) {
+    return rows_at == nullptr ? rows : max(0, min(rows, *static_cast<const volatile int32_t *>(rows_at)));
+}
+
+// Words of 16 bytes, by all threads of the grid: word i comes from from(i) and goes to to(i).
+template <class From, class To> __device__ void copy_words(int64_t words, From from, To to) {
+    const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; first < words; first += step * AHEAD) {
+        uint4 kept[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (first + i * step < words)
+                kept[i] = __ldcv(from(first + i * step));
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (first + i * step < words)
+                *to(first + i * step) = kept[i];
+    }
+}
+
+struct Post {
+    State *state;
+    uint32_t *request;
+    const char *q, *k, *v;
+    char *packed;
+    int64_t q_stride, k_stride, v_stride, packed_stride;
+    const int32_t *rows_at;
+    int32_t rows, q_words, kv_words; // words of a row
+};
+
+__global__ void __launch_bounds__(THREADS) post_rows(const __grid_constant__ Post args) {
+    if (static_cast<volatile State *>(args.state)->failed != 0)
+        return;
+    const int row_words = args.q_words + 2 * args.kv_words;
+    const int64_t words = static_cast<int64_t>(rows_of(args.rows_at, args.rows)) * row_words;
+    copy_words(
+        words,
+        [&](int64_t i) {
+            const int64_t row = i / row_words;
+            const int word = static_cast<int>(i % row_words);
+            const char *from = word < args.q_words ? args.q + row * args.q_stride + int64_t{word} * 16
+                               : word < args.q_words + args.kv_words
+                                   ? args.k + row * args.k_stride + int64_t{word - args.q_words} * 16
+                                   : args.v + row * args.v_stride + int64_t{word - args.q_words - args.kv_words} * 16;
+            return reinterpret_cast<const uint4 *>(from);
+        },
+        [&](int64_t i) {
+            return reinterpret_cast<uint4 *>(args.packed + i / row_words * args.packed_stride + i % row_words * 16);
+        });
+    __threadfence_system(); // every thread its own rows
+    __syncthreads();
+    if (threadIdx.x != 0 || atomicAdd(&args.state->arrived, 1u) + 1 != gridDim.x)
+        return;
+    args.state->arrived = 0; // the next post of the channel comes behind this kernel
+    const uint32_t number = ++args.state->number;
+    __threadfence_system();
+    store_release(args.request, number);
+}
+
+struct Await {
+    State *state;
+    const uint32_t *answer;
+    uint32_t *error;
+    const char *packed;
+    char *out;
+    int64_t packed_stride, out_stride;
+    const int32_t *rows_at;
+    int32_t rows, row_words;
+    uint64_t timeout_ns;
+};
+
+// Whether the answer to the last post is there.
+__device__ bool answered(const Await &args) {
+    volatile State *state = args.state;
+    const uint32_t number = state->number;
+    const uint64_t began = now_ns();
+    while (state->failed == 0) {
+        if (static_cast<int32_t>(load_acquire(args.answer) - number) >= 0)
+            return true;
+        if (now_ns() - began > args.timeout_ns) {
+            state->failed = 1;
+            store_release(args.error, number != 0 ? number : 1u);
+            return false;
+        }
+        __nanosleep(POLL_NS);
+    }
+    return false;
+}
+
+__global__ void __launch_bounds__(THREADS) await_rows(const __grid_constant__ Await args) {
+    __shared__ bool there;
+    if (threadIdx.x == 0)
+        there = answered(args);
+    __syncthreads();
+    if (!there)
+        return;
+    const int64_t words = static_cast<int64_t>(rows_of(args.rows_at, args.rows)) * args.row_words;
+    copy_words(
+        words,
+        [&](int64_t i) {
+            return reinterpret_cast<const uint4 *>(args.packed + i / args.row_words * args.packed_stride +
+                                                   i % args.row_words * 16);
+        },
+        [&](int64_t i) {
+            return reinterpret_cast<uint4 *>(args.out + i / args.row_words * args.out_stride + i % args.row_words * 16);
+        });
+}
+
+neo_cuda_status check(const neo_cuda_channel *channel) noexcept {
+    NEO_NEED_SIZE(channel, "channel");
+    NEO_NEED(channel->state != nullptr && channel->request != nullptr && channel->answer != nullptr &&
+                 channel->error != nullptr,
+             "channel: state, request, answer and error must not be NULL");
+    NEO_NEED(aligned(channel->state, 16), "channel: state must be aligned to 16 bytes");
+    NEO_NEED(aligned(channel->request, 4) && aligned(channel->answer, 4) && aligned(channel->error, 4),
+             "channel: request, answer and error must be aligned to 4 bytes");
+    return NEO_CUDA_OK;
+}
+
+neo_cuda_status check_rows(int32_t rows, int32_t ctas) noexcept {
+    NEO_NEED(rows >= 0, "rows is %d, must not be negative", rows);
+    NEO_NEED(ctas >= 0 && ctas <= MAX_CTAS, "ctas is %d, must be 0 to %d", ctas, MAX_CTAS);
+    return NEO_CUDA_OK;
+}
+
+// Bytes of a row, or between rows.
+neo_cuda_status check_bytes(const char *name, int64_t bytes, int64_t least) noexcept {
+    NEO_NEED(bytes >= least && bytes % 16 == 0, "%s is %lld, must be a multiple of 16, at least %lld", name,
+             static_cast<long long>(bytes), static_cast<long long>(least));
+    return NEO_CUDA_OK;
+}
+
+unsigned ctas_for(int32_t asked, int64_t bytes) noexcept {
+    return asked > 0 ? asked : static_cast<unsigned>(std::clamp<int64_t>(bytes / BYTES_OF_CTA, 1, MAX_CTAS));
+}
+
+neo_cuda_status check(const neo_cuda_post *args) noexcept {
+    NEO_NEED_SIZE(args, "args");
+    NEO_TRY(check(args->channel));
+    NEO_TRY(check_rows(args->rows, args->ctas));
+    NEO_TRY(check_bytes("q_bytes", args->q_bytes, 16));
+    NEO_TRY(check_bytes("kv_bytes", args->kv_bytes, 16));
+    if (args->rows == 0)
+        return NEO_CUDA_OK;
+    const int64_t strides[] = {args->q_stride, args->k_stride, args->v_stride};
+    for (const int64_t stride : strides)
+        NEO_TRY(check_bytes("a stride of q, k or v", stride, 0));
+    NEO_TRY(check_bytes("packed_stride", args->packed_stride, args->q_bytes + int64_t{2} * args->kv_bytes));
+    NEO_NEED(args->q != nullptr && args->k != nullptr && args->v != nullptr && args->packed != nullptr,
+             "q, k, v and packed must not be NULL");
+    NEO_NEED(aligned(args->q, 16) && aligned(args->k, 16) && aligned(args->v, 16) && aligned(args->packed, 16),
+             "q, k, v and packed must be aligned to 16 bytes");
+    return NEO_CUDA_OK;
+}
+
+neo_cuda_status check(const neo_cuda_await *args) noexcept {
+    NEO_NEED_SIZE(args, "args");
+    NEO_TRY(check(args->channel));
+    NEO_TRY(check_rows(args->rows, args->ctas));
+    NEO_NEED(args->timeout_us > 0, "timeout_us is %lld, must be positive", static_cast<long long>(args->timeout_us));
+    NEO_TRY(check_bytes("row_bytes", args->row_bytes, 16));
+    if (args->rows == 0)
+        return NEO_CUDA_OK;
+    NEO_TRY(check_bytes("packed_stride", args->packed_stride, args->row_bytes));
+    NEO_TRY(check_bytes("out_stride", args->out_stride, args->row_bytes));
+    NEO_NEED(args->packed != nullptr && args->out != nullptr, "packed and out must not be NULL");
+    NEO_NEED(aligned(args->packed, 16) && aligned(args->out, 16), "packed and out must be aligned to 16 bytes");
+    return NEO_CUDA_OK;
+}
+
+} // namespace
+
+extern "C" neo_cuda_status neo_cuda_post_rows(const neo_cuda_post *args, void *stream) {
+    clear_error();
+    NEO_TRY(check(args));
+    const auto bytes = [](const void *p) { return static_cast<const char *>(p); };
+    const Post kernel{reinterpret_cast<State *>(args->channel->state), args->channel->request,
+                      bytes(args->q), bytes(args->k), bytes(args->v), static_cast<char *>(args->packed),
+                      args->q_stride, args->k_stride, args->v_stride, args->packed_stride,
+                      args->rows_at, args->rows, args->q_bytes / 16, args->kv_bytes / 16};
+    const unsigned ctas = ctas_for(args->ctas, args->rows * (args->q_bytes + int64_t{2} * args->kv_bytes));
+    launch_kernel(post_rows, ctas, THREADS, 0, static_cast<cudaStream_t>(stream), kernel);
+    return launched("posting rows");
+}
+
+extern "C" neo_cuda_status neo_cuda_await_rows(const neo_cuda_await *args, void *stream) {
+    clear_error();
+    NEO_TRY(check(args));
+    const neo_cuda_channel &channel = *args->channel;
+    const Await kernel{reinterpret_cast<State *>(channel.state), channel.answer, channel.error,
+                       static_cast<const char *>(args->packed), static_cast<char *>(args->out), args->packed_stride,
+                       args->out_stride, args->rows_at, args->rows, args->row_bytes / 16,
+                       static_cast<uint64_t>(args->timeout_us) * 1000};
+    const unsigned ctas = ctas_for(args->ctas, int64_t{args->rows} * args->row_bytes);
+    launch_kernel(await_rows, ctas, THREADS, 0, static_cast<cudaStream_t>(stream), kernel);
+    return launched("awaiting rows");
+}

@@ -1,0 +1,216 @@
+"""How many requests ``neo`` keeps on the host: as many as shorten the mean time in the system.
+
+More requests in work raise throughput, and each of them takes longer. With S requests in the system, W of
+them in work, X ending and A arriving per second, the mean time that they still need grows with
+(S + W) / (X - A): a queue served in order drains in S / (X - A), and a request is in work for W / X (Little's
+law). Without the host, W is what GPU memory holds and X its rate. Every request on the host adds to W, and to
+X as long as the CPU is hidden. Sought is the number on the host with the least (S + W) / (X - A), or, where
+more arrive than any X, the one with the highest X. It is 0 for short queues, where prompts and not memory
+bound the rate, where a second pass over the weights costs more than it brings, and where the CPU is too weak.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
+
+from neo.core.request import Tier
+from neo.core.view import SystemView
+from neo.policy.estimate import StageTimes
+
+_SAMPLE = 64  # waiting requests whose prompts are looked at
+_GRAIN = 8  # lengths are rounded to this many steps per doubling (9%), so that rates can be kept
+_EXPECTED = 0.5  # load that is assumed before arrivals are seen, of the rate without the host
+_PAUSE = 3.0  # mean gaps without an arrival after which a rate is no longer believed (chance: e^-3 = 5%)
+
+
+class Load(NamedTuple):
+    """What the rate of a steady state depends on, beside the machine."""
+
+    prompt: int  # tokens, of a mean request
+    output: int
+    gpu: int  # tokens of KV that the GPU holds
+    host: int
+    most: int  # requests in a step
+    budget: int  # tokens in a step
+
+    @property
+    def kv(self) -> int:
+        """KV tokens of a request half way through its output."""
+        return self.prompt + self.output // 2
+
+    @property
+    def resident(self) -> int:
+        """Requests whose KV the GPU holds."""
+        return max(1, min(self.gpu // self.kv, self.most))
+
+
+class Outlook(NamedTuple):
+    """What a policy asks of the system as it is.
+
+    Attributes:
+        rates: (requests on the host, requests/s that end), from (0, rate without the host) upwards.
+        everyone: requests in the system.
+        resident: of them, those that the GPU holds.
+        arriving: requests/s.
+    """
+
+    rates: tuple[tuple[int, float], ...]
+    everyone: int
+    resident: int
+    arriving: float
+
+    def on_host(self) -> int:
+        """The number of requests on the host with the least mean time in the system."""
+        fastest, highest = max(self.rates, key=lambda point: point[1])
+        if highest <= self.arriving:
+            return fastest
+        best, least = 0, math.inf
+        for count, rate in self.rates:
+            if count >= self.everyone:
+                break
+            if rate > self.arriving:
+                time = (self.everyone + self.resident + count) / (rate - self.arriving)
+                if time < least:
+                    best, least = count, time
+        return best
+
+    def crowding(self, extra: int, in_work: int) -> float:
+        """By which factor ``extra`` more requests in a step must raise its rate to shorten the mean time.
+
+        From (S + W) / (X - A) <= (S + W') / (X' - A), to first order. 1 where all that the GPU can do alone
+        is wanted by those who arrive.
+        """
+        spare = max(0.0, 1.0 - self.arriving / self.rates[0][1])
+        return 1.0 + spare * extra / (self.everyone + in_work)
+
+
+class HostTarget:
+    """Outlooks for one set of stage times; the rates of one (rounded) load are kept."""
+
+    def __init__(self, times: StageTimes) -> None:
+        self.times = times
+        self.layers = times.model.layers
+        self._known: dict[Load, tuple[tuple[int, float], ...]] = {}
+
+    def look(self, view: SystemView, budget: int) -> Outlook | None:
+        """What to expect; None while nobody decodes, and so nothing is known of outputs.
+
+        Args:
+            budget: tokens of a step.
+        """
+        load = mean_load(view, budget)
+        if load is None:
+            return None
+        rates = self._known.get(load)
+        if rates is None:
+            rates = self._known[load] = tuple((n, self.rate(load, n)) for n in _counts(load))
+        everyone = len(view.requests)
+        usual = rates[0][1]
+        arriving = arrival_rate(view, _EXPECTED * usual, load.resident / usual)
+        return Outlook(rates, everyone, min(load.resident, everyone), arriving)
+
+    def rate(self, load: Load, hosted: int) -> float:
+        """Requests per second that end in a steady state with that many on the host.
+
+        For every request that ends, a prompt is computed: in a step, in several if it is longer than a step
+        takes, or several in one if that many end in it. Between such steps, decodes run alone. CPU decodes
+        run beside either kind of step as far as they are hidden, or beside one kind only if that is faster.
+        """
+        resident, prompts = load.resident, min(1.0, load.budget / load.prompt)
+        alone = [self._step(load, 0.0, count) for count in dict.fromkeys((0, hosted))]
+        best = 0.0
+        for count in dict.fromkeys((0, hosted)):
+            _, extra = self._step(load, prompts, count)
+            together = min(load.budget / load.prompt, max(prompts, (resident + extra) / load.output))
+            seconds, extra = self._step(load, together, count)
+            left = max(0.0, together * load.output - resident - extra)  # tokens, by steps without prefill
+            for seconds_alone, extra_alone in alone:
+                best = max(best, together / (seconds + left / (resident + extra_alone) * seconds_alone))
+        return best
+
+    def _step(self, load: Load, prompts: float, hosted: int) -> tuple[float, int]:
+        """How long a step with that many prompts takes, and how many CPU decodes run hidden in it."""
+        times, resident = self.times, load.resident
+        prefill = round(prompts * load.prompt)
+        chunks = ((load.prompt // 2, prefill),) if prefill else ()
+        attention = times.gpu_attention(chunks, resident, resident * load.kv)
+        first = second = 0
+        if hosted:
+            one = times.cpu_stage(1, load.kv)
+            each = (times.cpu_stage(hosted, hosted * load.kv) - one) / max(1, hosted - 1)
+            second = _hidden(times.linear(resident + prefill), one, each, hosted)
+            if second:
+                first = _hidden(times.linear(second) + attention, one, each, hosted - second)
+        layer = times.linear(resident + prefill + first) + times.linear(second) + attention
+        rows = resident + first + second + math.ceil(prompts)
+        return self.layers * layer + times.around(rows + prefill, rows, rows), first + second
+
+
+def _hidden(seconds: float, one: float, each: float, most: int) -> int:
+    """How many CPU decodes fit into a time, the first taking ``one`` and every further one ``each``."""
+    if most < 1 or seconds < one:
+        return 0
+    return min(most, 1 + int((seconds - one) / each)) if each > 0 else most
+
+
+def _counts(load: Load) -> Iterator[int]:
+    """Numbers of requests on the host to look at, up to where the host or a step is full."""
+    yield 0
+    farthest = min(load.host // load.kv, load.most - load.resident)
+    count = 1
+    while count <= farthest:
+        yield count
+        count += max(1, count // 3)
+
+
+def _rounded(value: float) -> int:
+    """``value`` (at least 1) as a multiple of 1/_GRAIN of the power of two below it."""
+    whole = max(1, round(value))
+    grain = max(1, (1 << (whole.bit_length() - 1)) // _GRAIN)
+    return round(whole / grain) * grain
+
+
+def mean_load(view: SystemView, budget: int) -> Load | None:
+    """The mean request of those at hand; None while nobody decodes.
+
+    The mean output is not known. Requests in work are on average half way through theirs (a property of
+    renewal processes), so twice what they have generated so far is taken.
+    """
+    decodes = (*view.gpu_decodes, *view.cpu_decodes)
+    if not decodes:
+        return None
+    output = 2.0 * sum([r.generated for r in decodes]) / len(decodes)
+    prompts = [r.prompt_tokens for r in (*decodes, *islice(view.waiting, _SAMPLE))]
+    return Load(
+        _rounded(sum(prompts) / len(prompts)),
+        _rounded(output),
+        view.pools[Tier.GPU].tokens,
+        view.pools[Tier.CPU].tokens,
+        min(view.limits.max_seqs, view.limits.max_batch_tokens),
+        budget,
+    )
+
+
+def arrival_rate(view: SystemView, expected: float, over_s: float) -> float:
+    """Requests per second that arrive, told from those that wait; 0 if fewer than two do.
+
+    Served in order, none that came since the first of them is missing. What is seen over a short time is
+    mixed with what was expected (the mean of a gamma posterior, the expectation having the weight of
+    ``over_s`` seconds of watching), and a pause says that a burst is over.
+
+    Args:
+        expected: requests/s.
+        over_s: seconds.
+    """
+    waiting = len(view.waiting)
+    if waiting < 2:
+        return 0.0
+    first = next(iter(view.waiting)).arrival_s
+    (last,) = deque(view.waiting, maxlen=1)
+    rate = (waiting - 1 + expected * over_s) / (max(0.0, last.arrival_s - first) + over_s)
+    silence = view.now - last.arrival_s
+    return min(rate, _PAUSE / silence) if silence > 0.0 else rate

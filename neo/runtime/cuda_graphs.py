@@ -1,0 +1,88 @@
+"""Captured steps: launched once for a size, replayed with other numbers in the inputs."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neo.runtime.cuda_rows import Layout
+from neo.runtime.cuda_step import to_device
+from neo.runtime.step_inputs import BatchInputs, StepInputs
+
+_SIZES = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Rows are padded to these: rows of nobody cost next to nothing where weights are what is read."""
+_KEPT = 64  # graphs; the one that was not used for longest goes first
+
+
+class Graphs:
+    """CUDA graphs by key. All share one memory pool, so no two of them may run at once."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = OrderedDict()
+        self._generation = 0
+        self._pool: Any = None
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._known.clear()
+        self._pool = None  # it lives as long as a graph in it
+
+    def replay(self, key: Hashable, generation: int, launch: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What replays the graph of ``key`` on the current stream and gives what ``launch`` gave.
+
+        ``launch`` is called to capture it where it is not known, or known from another ``generation``.
+        """
+        if generation != self._generation:
+            self.clear()
+            self._generation = generation
+        if key not in self._known:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            stream.synchronize()
+            # What other threads do on the device meanwhile is their affair.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                logits = launch()
+            self._known[key] = (graph, logits)
+            if len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        graph, logits = self._known[key]
+
+        def run() -> Tensor:
+            graph.replay()
+            return logits
+
+        return run
+
+
+def padded(batches: Sequence[BatchInputs], most: Sequence[int]) -> list[Layout]:
+    """Layouts of sub-batches of decodes, the GPU's first, padded as far as ``most`` rows allow."""
+    found = []
+    for batch, rows in zip(batches, most, strict=True):
+        gpu, cpu = _padded(len(batch.gpu)), _padded(len(batch.cpu))
+        if gpu + cpu > rows:
+            gpu, cpu = len(batch.gpu), len(batch.cpu)
+        found.append(Layout(gpu + cpu, 0, gpu, gpu, cpu))
+    return found
+
+
+def _padded(count: int) -> int:
+    return _SIZES[bisect_left(_SIZES, count)] if count <= _SIZES[-1] else count
+
+
+def valid_rows(logits: Tensor, inputs: StepInputs, layouts: Sequence[Layout]) -> Tensor:
+    """The rows of padded sub-batches that are somebody's, in the order of ``inputs.sampled``."""
+    if len(logits) == len(inputs.sampled):
+        return logits
+    index, first = [], 0
+    for batch, at in zip(inputs.batches, layouts, strict=True):
+        index += [first + np.arange(len(batch.gpu)), first + at.cpu + np.arange(len(batch.cpu))]
+        first += at.rows
+    return logits.index_select(0, to_device(np.concatenate(index).astype(np.int32), logits.device))

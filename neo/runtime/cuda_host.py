@@ -1,0 +1,137 @@
+"""The host's side of a step on the GPU: CPU attention that the device asks for through flags.
+
+For each sub-batch a channel (``kernels/cuda/neo_cuda.h``): the GPU writes q, k and v of its CPU decodes to
+pinned memory and a number behind them; a thread of the CPU library, told once per step what to do in all
+layers, appends, attends and answers. No Python runs in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from neo.runtime import cpu_library as c
+from neo.runtime import cuda_kernels as kernels
+from neo.runtime.block_tables import TierBlocks
+from neo.runtime.cpu_kernels import Pool
+from neo.runtime.cpu_worker import Worker
+from neo.runtime.errors import EngineError
+from neo.runtime.kv_memory import KVMemory
+from neo.runtime.native_args import fill_append, fill_decode
+from neo.runtime.step_inputs import DecodeRows
+
+_TIMEOUT_S = 10.0
+"""How long each side waits for the other before it gives the step up: far longer than any layer takes."""
+
+
+class HandOver:
+    """One sub-batch's channel and rows in pinned memory.
+
+    Attributes:
+        packed: [rows, (heads + 2 kv_heads) head_dim], what the device writes.
+        answer: [rows, heads head_dim], what it reads.
+    """
+
+    def __init__(
+        self, rows: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.channel = kernels.Channel(device)
+        self.packed = torch.zeros((rows, (heads + 2 * kv_heads) * dim), dtype=dtype).pin_memory()
+        self.answer = torch.zeros((rows, heads * dim), dtype=dtype).pin_memory()
+        self.q = self.packed[:, : heads * dim].view(rows, heads, dim)
+        self.k = self.packed[:, heads * dim : (heads + kv_heads) * dim].view(rows, kv_heads, dim)
+        self.v = self.packed[:, (heads + kv_heads) * dim :].view(rows, kv_heads, dim)
+        self.out = self.answer.view(rows, heads, dim)
+        self.post: kernels.Launch | None = None
+        self.wait: kernels.Launch | None = None
+        self.append_args, self.decode_args = c.Append(), c.Decode()
+
+    def describe(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+        """The device's kernels, for rows of these buffers; ``place`` says which rows."""
+        n = len(self.packed)
+        self.post = kernels.post_rows(self.channel, q[:n], k[:n], v[:n], self.packed)
+        self.wait = kernels.await_rows(self.channel, self.answer, out[:n], _TIMEOUT_S)
+        by, args = q.element_size(), self.post.args
+        self._base = (args.q, args.k, args.v, self.wait.args.out)
+        self._strides = (args.q_stride, args.k_stride, args.v_stride, out.stride(0) * by)
+
+    def place(self, row: int, rows: int, rows_at: int | None = None) -> None:
+        """The CPU decodes stand in rows ``row`` on; ``rows_at``: where the device reads how many count."""
+        assert self.post is not None
+        assert self.wait is not None
+        q, k, v, out = (b + row * s for b, s in zip(self._base, self._strides, strict=True))
+        post, wait = self.post.args, self.wait.args
+        post.q, post.k, post.v, wait.out = q, k, v, out
+        post.rows = wait.rows = rows
+        post.rows_at = wait.rows_at = rows_at
+
+
+class HostAttention:
+    """A worker with its threads, and the hand-over of a step.
+
+    Args:
+        memory: the host tier's KV memory, pinned.
+        tier: its block tables.
+        threads: of CPU attention, the worker's own included, on ``cores`` if given.
+    """
+
+    def __init__(
+        self, memory: KVMemory, tier: TierBlocks, threads: int, cores: Sequence[int] | None, layers: int
+    ) -> None:
+        self.memory, self.tier, self.layers = memory, tier, layers
+        self._pool = Pool(threads, cores, spin_us=200)
+        self._worker = Worker(
+            self._pool, cores[0] if cores is not None else -1, spin_us=200, flag_timeout_s=_TIMEOUT_S
+        )
+        self._job = c.Job()
+        self._ticket = 0
+        self._keep: list[object] = []
+        self.times = np.zeros((0, 0, 2), dtype=np.int64)
+
+    def submit(self, parts: Sequence[tuple[HandOver, DecodeRows]]) -> None:
+        """Before the device begins a step: what it will ask for, sub-batch by sub-batch."""
+        stages = (c.Stage * len(parts))()
+        self._keep = [stages, parts]
+        for stage, (over, rows) in zip(stages, parts, strict=True):
+            n, tables = len(rows), self.tier.tables
+            positions = rows.positions
+            table = tables[0]
+            self._keep += fill_append(
+                over.append_args, self.memory, over.k[:n], over.v[:n], table, rows.slots, positions
+            )
+            self._keep += fill_decode(
+                over.decode_args, self.memory, over.q[:n], over.out[:n], table, rows.slots, rows.lengths
+            )
+            stage.size = ctypes.sizeof(c.Stage)
+            stage.append = ctypes.pointer(over.append_args)
+            stage.decode = ctypes.pointer(over.decode_args)
+            stage.request, stage.answer = over.channel.request, over.channel.answer
+            stage.first = (over.channel.requested + 1) & 0xFFFFFFFF
+            stage.layer_stride = tables.strides[0] // tables.itemsize
+        self.times = np.zeros((self.layers, len(parts), 2), dtype=np.int64)
+        handover = c.Handover(
+            stages=stages, n_stages=len(parts), layers=self.layers, times=self.times.ctypes.data
+        )
+        self._keep.append(handover)
+        self._job.handover = ctypes.pointer(handover)
+        self._ticket = self._worker.submit(self._job)
+
+    def finish(self, parts: Sequence[tuple[HandOver, DecodeRows]]) -> None:
+        """After the device has ended the step. EngineError if either side gave it up."""
+        failed = any(over.channel.failed for over, _ in parts)
+        ended = self._worker.await_end(self._ticket, _TIMEOUT_S) != c.TIMEOUT
+        if self._job.status or failed or not ended:
+            said = self._job.message.decode(errors="replace") or f"no answer within {_TIMEOUT_S:g} s"
+            raise EngineError(f"CPU_ATTN failed: {said}")
+
+    def seconds(self) -> list[float]:
+        """What attention of each sub-batch took in the step, over all layers."""
+        return ((self.times[:, :, 1] - self.times[:, :, 0]).sum(0) * 1e-9).tolist()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._worker.close()
+        self._pool.close()

@@ -1,0 +1,441 @@
+"""The CUDA kernels on torch tensors: arguments are described once and launched again and again.
+
+Every function here fills a struct of `neo.runtime.cuda_library` from tensors and returns a `Launch`: calling
+it launches the kernel on a stream and does no more Python than that. The launch keeps the tensors alive; what
+changes between calls is what lies in their memory. All of it can be captured in a CUDA graph.
+
+Layer-blocks are `KVMemory`'s on both tiers: a tensor [blocks, kv_heads, 2, head_dim * block_size].
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neo.runtime import cuda_library as c
+from neo.runtime.cpu_library import Sized
+
+CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""``neo_cuda_dtype`` of torch's types."""
+
+
+class Launch:
+    """A kernel with its arguments; ``args`` may be changed between calls."""
+
+    __slots__ = ("_function", "_keep", "args")
+
+    def __init__(self, function: str, args: Sized, keep: Sequence[object]) -> None:
+        self._function = getattr(c.load(), function)
+        self._keep = keep
+        self.args = args
+
+    def __call__(self, stream: int | None = None) -> None:
+        """Launch on a stream's handle (None: torch's current one). ValueError for refused arguments."""
+        if stream is None:
+            stream = torch.cuda.current_stream().cuda_stream
+        status = self._function(self.args, stream)
+        if status:
+            c.check(status)
+
+
+def _rows(tensor: Tensor, name: str, axes: int) -> None:
+    if tensor.ndim != axes or tensor.dtype not in CODE or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
+        raise ValueError(
+            f"{name} must have {axes} axes of 16 or 32 bit floats, the last contiguous; "
+            f"is {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
+        )
+
+
+def _ints(tensor: Tensor, name: str, count: int) -> int:
+    if tensor.dtype != torch.int32 or tensor.numel() < count or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be {count} contiguous int32, is {tuple(tensor.shape)} {tensor.dtype}")
+    return tensor.data_ptr()
+
+
+def _table(tables: Tensor) -> tuple[int, int]:
+    """Address and entries between rows of one layer's block tables, int32 [slots, width]."""
+    if tables.dtype != torch.int32 or tables.ndim != 2 or tables.stride(1) != 1:
+        raise ValueError(f"tables must be int32 [slots, width], are {tuple(tables.shape)} {tables.dtype}")
+    return tables.data_ptr(), max(tables.stride(0), tables.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Layer-blocks on the device, and the C view of them."""
+
+    blocks: Tensor
+    struct: c.Cache
+
+
+def cache_of(blocks: Tensor, block_size: int) -> Cache:
+    """The cache in layer-blocks [blocks, kv_heads, 2, head_dim * block_size]."""
+    if blocks.ndim != 4 or blocks.shape[2] != 2 or blocks.shape[3] % block_size or not blocks.is_contiguous():
+        raise ValueError(
+            f"blocks are {tuple(blocks.shape)}, must be contiguous "
+            f"[blocks, kv_heads, 2, head_dim * {block_size}]"
+        )
+    struct = c.Cache(
+        data=blocks.data_ptr(),
+        num_blocks=blocks.shape[0],
+        kv_heads=blocks.shape[1],
+        head_dim=blocks.shape[3] // block_size,
+        block_size=block_size,
+        dtype=CODE[blocks.dtype],
+    )
+    return Cache(blocks, struct)
+
+
+def decode_workspace(cache: Cache, rows: int, q_heads: int, ctas: int = 0, stages: int = 0) -> int:
+    """Bytes of workspace for decode attention of so many rows on the current device."""
+    args = c.Decode(cache=ctypes.pointer(cache.struct), rows=rows, q_heads=q_heads, ctas=ctas, stages=stages)
+    size = ctypes.c_size_t()
+    c.check(c.load().neo_cuda_decode_workspace(args, size))
+    return size.value
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Decode attention: ``plan`` once for all layers with the same lengths, then ``attend`` for each."""
+
+    plan: Launch
+    attend: Launch
+
+
+def decode(
+    cache: Cache,
+    q: Tensor,
+    out: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    workspace: Tensor,
+    slots: Tensor | None = None,
+    scale: float | None = None,
+    ctas: int = 0,
+    stages: int = 0,
+) -> Attention:
+    """Attention of q [rows, heads, head_dim] over the first lengths[i] tokens of slots[i] (None: row i).
+
+    `workspace`: uint8 of at least `decode_workspace` bytes, for one call at a time. `scale` None:
+    1/sqrt(head_dim).
+    """
+    _rows(q, "q", 3)
+    _rows(out, "out", 3)
+    rows, heads, dim = q.shape
+    if (
+        out.shape != q.shape
+        or dim != cache.struct.head_dim
+        or {CODE[q.dtype], CODE[out.dtype]} != {cache.struct.dtype}
+    ):
+        raise ValueError(
+            f"q is {tuple(q.shape)} {q.dtype}, out {tuple(out.shape)} {out.dtype}: "
+            "must agree, and with the cache"
+        )
+    address, stride = _table(tables)
+    args = c.Decode(
+        cache=ctypes.pointer(cache.struct),
+        q=q.data_ptr(),
+        out=out.data_ptr(),
+        q_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        out_stride=out.stride(0),
+        out_head_stride=out.stride(1),
+        block_tables=address,
+        table_stride=stride,
+        slots=None if slots is None else _ints(slots, "slots", rows),
+        lengths=_ints(lengths, "lengths", rows),
+        workspace=workspace.data_ptr() if workspace.numel() else None,
+        workspace_bytes=workspace.numel() * workspace.element_size(),
+        rows=rows,
+        q_heads=heads,
+        ctas=ctas,
+        stages=stages,
+        scale=dim**-0.5 if scale is None else scale,
+    )
+    keep = (cache, q, out, tables, lengths, workspace, slots)
+    return Attention(
+        Launch("neo_cuda_decode_plan", args, keep), Launch("neo_cuda_decode_attention", args, keep)
+    )
+
+
+def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> Launch:
+    """``hidden += delta`` (unless None), ``out = norm(hidden) * weight``; [rows, width], contiguous."""
+    rows, width = hidden.shape
+    for name, tensor, shape in (
+        ("hidden", hidden, (rows, width)),
+        ("delta", delta, (rows, width)),
+        ("weight", weight, (width,)),
+        ("out", out, (rows, width)),
+    ):
+        if tensor is not None and (
+            tensor.shape != shape or tensor.dtype != hidden.dtype or not tensor.is_contiguous()
+        ):
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, must be contiguous {shape}")
+    args = c.Norm(
+        hidden=hidden.data_ptr(),
+        delta=None if delta is None else delta.data_ptr(),
+        weight=weight.data_ptr(),
+        out=out.data_ptr(),
+        rows=rows,
+        width=width,
+        dtype=CODE[hidden.dtype],
+        eps=eps,
+    )
+    return Launch("neo_cuda_add_rms_norm", args, (hidden, delta, weight, out))
+
+
+def silu_mul(gate_up: Tensor, out: Tensor) -> Launch:
+    """``out [rows, width] = silu(gate_up[:, :width]) * gate_up[:, width:]``; contiguous."""
+    rows, width = out.shape
+    if gate_up.shape != (rows, 2 * width) or gate_up.dtype != out.dtype:
+        raise ValueError(
+            f"gate_up is {tuple(gate_up.shape)} {gate_up.dtype}, out {tuple(out.shape)} {out.dtype}"
+        )
+    if not (gate_up.is_contiguous() and out.is_contiguous()):
+        raise ValueError("gate_up and out must be contiguous")
+    args = c.Silu(
+        gate_up=gate_up.data_ptr(), out=out.data_ptr(), rows=rows, width=width, dtype=CODE[out.dtype]
+    )
+    return Launch("neo_cuda_silu_mul", args, (gate_up, out))
+
+
+@dataclass(frozen=True, slots=True)
+class QkvWeights:
+    """What a layer adds to its projection: bias [(q + 2 kv heads) * dim], norms [dim] of q and k; or None."""
+
+    bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    eps: float = 1e-6
+
+
+def qkv_rope_append(
+    cache: Cache,
+    qkv: Tensor,
+    weights: QkvWeights,
+    cos: Tensor,
+    sin: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    tables: Tensor | None,
+    slots: Tensor | None,
+    positions: Tensor | None,
+) -> Launch:
+    """Bias, norms and rotation of a fused projection [rows, (q + 2 kv heads) * dim], and append to the cache.
+
+    cos, sin: [rows, 1, dim] or [rows, dim], contiguous, sin signed as in `neo.runtime.rope.Rope`. q [rows,
+    q heads, dim], k and v [rows, kv heads, dim] or None: heads side by side, rows may lie apart. Rows with
+    slots[i] < 0 are not appended; without tables none is.
+    """
+    _rows(qkv, "qkv", 2)
+    _rows(q, "q", 3)
+    rows, heads, dim = q.shape
+    kv_heads = cache.struct.kv_heads
+    kind = qkv.dtype
+    if (
+        qkv.shape != (rows, (heads + 2 * kv_heads) * dim)
+        or dim != cache.struct.head_dim
+        or CODE[kind] != cache.struct.dtype
+    ):
+        raise ValueError(f"qkv is {tuple(qkv.shape)} {kind}, does not fit q {tuple(q.shape)} and the cache")
+    strides = {t.stride(0) for t in (k, v) if t is not None}
+    for name, tensor, shape in (
+        ("q", q, (rows, heads, dim)),
+        ("k", k, (rows, kv_heads, dim)),
+        ("v", v, (rows, kv_heads, dim)),
+    ):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != kind or tensor.stride(1) != dim):
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, must be {shape} {kind}, heads side by side"
+            )
+    if len(strides) > 1:
+        raise ValueError(f"rows of k and v must be equally far apart, strides are {sorted(strides)}")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if tensor.numel() != rows * dim or tensor.dtype != kind or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, must be contiguous ({rows}, {dim}) {kind}"
+            )
+    address, table_stride = (None, 0) if tables is None else _table(tables)
+    args = c.Qkv(
+        cache=ctypes.pointer(cache.struct),
+        qkv=qkv.data_ptr(),
+        qkv_stride=qkv.stride(0),
+        bias=_pointer(weights.bias),
+        q_norm=_pointer(weights.q_norm),
+        k_norm=_pointer(weights.k_norm),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        q_out=q.data_ptr(),
+        k_out=_pointer(k),
+        v_out=_pointer(v),
+        q_stride=q.stride(0),
+        kv_stride=strides.pop() if strides else 0,
+        block_tables=address,
+        table_stride=table_stride,
+        slots=None if slots is None else _ints(slots, "slots", rows),
+        positions=None if positions is None else _ints(positions, "positions", rows),
+        rows=rows,
+        q_heads=heads,
+        eps=weights.eps,
+    )
+    keep = (cache, qkv, weights, cos, sin, q, k, v, tables, slots, positions)
+    return Launch("neo_cuda_qkv_rope_append", args, keep)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def copy_blocks(
+    src: Tensor,
+    dst: Tensor,
+    src_blocks: Tensor,
+    dst_blocks: Tensor,
+    count_at: Tensor | None = None,
+    ctas: int = 0,
+    engines: bool = False,
+) -> Launch:
+    """Block dst_blocks[i] of dst [blocks, ...] becomes block src_blocks[i] of src; either may be pinned.
+
+    One kernel of `ctas` thread blocks, for lists in device or pinned memory, of which `count_at` (int32 [1])
+    says how many pairs count; or, with `engines`, the copy engines, for lists in host memory, read when it is
+    called.
+    """
+    count = src_blocks.numel()
+    if dst_blocks.numel() != count or src.shape[1:] != dst.shape[1:] or src.dtype != dst.dtype:
+        raise ValueError(
+            f"blocks {tuple(src.shape)} {src.dtype} to {tuple(dst.shape)} {dst.dtype}, "
+            f"{count} to {dst_blocks.numel()} of them: must agree"
+        )
+    if not (src.is_contiguous() and dst.is_contiguous()):
+        raise ValueError("src and dst must be contiguous")
+    args = c.Copy(
+        src=src.data_ptr(),
+        dst=dst.data_ptr(),
+        block_bytes=src[0].numel() * src.element_size() if len(src) else 16,
+        src_blocks=_ints(src_blocks, "src_blocks", count),
+        dst_blocks=_ints(dst_blocks, "dst_blocks", count),
+        count_at=None if count_at is None else _ints(count_at, "count_at", 1),
+        count=count,
+        ctas=ctas,
+    )
+    name = "neo_cuda_copy_runs" if engines else "neo_cuda_copy_blocks"
+    return Launch(name, args, (src, dst, src_blocks, dst_blocks, count_at))
+
+
+class Channel:
+    """A hand-over channel: numbers that only grow, in pinned memory and on the device.
+
+    ``request``, ``answer`` and ``error`` are addresses for the host's side (`cpu_library.Stage`).
+    """
+
+    _LINE = 32  # int32 in 128 bytes
+
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        self._state = torch.zeros(4, dtype=torch.int32, device=device)
+        flags = torch.zeros(3 * self._LINE, dtype=torch.int32)
+        self._flags = flags.pin_memory() if self._state.is_cuda else flags
+        self.request, self.answer, self.error = (
+            self._flags.data_ptr() + i * 4 * self._LINE for i in range(3)
+        )
+        self.struct = c.Channel(
+            state=self._state.data_ptr(), request=self.request, answer=self.answer, error=self.error
+        )
+
+    @property
+    def requested(self) -> int:
+        """The last number that the device asked for; the next step's first is one more (mod 2**32)."""
+        return int(self._flags[0]) & 0xFFFFFFFF
+
+    @property
+    def failed(self) -> bool:
+        """Whether an answer did not come in time."""
+        return bool(self._flags[2 * self._LINE])
+
+    def reset(self) -> None:
+        """Reopen it, with counts at 0. The device and the host's side must be idle."""
+        self._flags.zero_()
+        self._state.zero_()
+        if self._state.is_cuda:
+            torch.cuda.synchronize(self._state.device)
+
+
+def post_rows(
+    channel: Channel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Tensor,
+    rows_at: Tensor | None = None,
+    ctas: int = 0,
+) -> Launch:
+    """Rows [q | k | v] to pinned `packed` [>= rows, >= width], then the request's number; see neo_cuda.h.
+
+    q [rows, heads, dim], k and v [rows, kv heads, dim], heads side by side. `rows_at`: int32 [1], how many
+    rows count.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _rows(tensor, name, 3)
+        if tensor.stride(1) != tensor.shape[2] or tensor.dtype != q.dtype or len(tensor) != len(q):
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, strides {tensor.stride()}: "
+                "heads must lie side by side, and agree with q"
+            )
+    _rows(packed, "packed", 2)
+    by = q.element_size()
+    args = c.Post(
+        channel=ctypes.pointer(channel.struct),
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        q_stride=q.stride(0) * by,
+        k_stride=k.stride(0) * by,
+        v_stride=v.stride(0) * by,
+        packed=packed.data_ptr(),
+        packed_stride=packed.stride(0) * by,
+        rows_at=None if rows_at is None else _ints(rows_at, "rows_at", 1),
+        rows=len(q),
+        q_bytes=q.shape[1] * q.shape[2] * by,
+        kv_bytes=k.shape[1] * k.shape[2] * by,
+        ctas=ctas,
+    )
+    if packed.dtype != q.dtype or len(packed) < len(q):
+        raise ValueError(
+            f"packed is {tuple(packed.shape)} {packed.dtype}, too small or of another type than q"
+        )
+    return Launch("neo_cuda_post_rows", args, (channel, q, k, v, packed, rows_at))
+
+
+def await_rows(
+    channel: Channel,
+    packed: Tensor,
+    out: Tensor,
+    timeout_s: float,
+    rows_at: Tensor | None = None,
+    ctas: int = 0,
+) -> Launch:
+    """Wait for the answer to the last post, then rows of pinned `packed` to `out`, both [rows, width]."""
+    _rows(packed, "packed", 2)
+    _rows(out, "out", 2)
+    if packed.dtype != out.dtype or len(packed) < len(out) or packed.shape[1] < out.shape[1]:
+        raise ValueError(
+            f"packed is {tuple(packed.shape)} {packed.dtype}, out {tuple(out.shape)} {out.dtype}"
+        )
+    by = out.element_size()
+    args = c.Await(
+        channel=ctypes.pointer(channel.struct),
+        packed=packed.data_ptr(),
+        packed_stride=packed.stride(0) * by,
+        out=out.data_ptr(),
+        out_stride=out.stride(0) * by,
+        rows_at=None if rows_at is None else _ints(rows_at, "rows_at", 1),
+        rows=len(out),
+        row_bytes=out.shape[1] * by,
+        ctas=ctas,
+        timeout_us=round(timeout_s * 1e6),
+    )
+    return Launch("neo_cuda_await_rows", args, (channel, packed, out, rows_at))

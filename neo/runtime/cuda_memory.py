@@ -1,0 +1,105 @@
+"""KV memory of a GPU and of the pinned host beside it, and the block tables as the device sees them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neo.core.errors import InputError
+from neo.runtime.block_tables import Ints, TierBlocks
+from neo.runtime.kv_memory import KVMemory
+
+_GIB = 1 << 30
+_MAPPED = 2  # cudaHostRegisterMapped: kernels may read and write it
+
+
+def device_memory(
+    blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> KVMemory:
+    """Layer-blocks in a GPU's memory. InputError, with the numbers, if there is not as much."""
+    shape = (blocks, kv_heads, 2, head_dim * block_size)
+    asked = blocks * kv_heads * 2 * head_dim * block_size * dtype.itemsize
+    free, total = torch.cuda.mem_get_info(device)
+    if asked > free:
+        raise InputError(
+            f"KV memory of {blocks} layer-blocks takes {asked / _GIB:.2f} GiB ({asked} bytes), but "
+            f"{free / _GIB:.2f} of {total / _GIB:.2f} GiB ({free} bytes) of {device} are free: "
+            "give the GPU fewer blocks"
+        )
+    # Zeros: what is left over in a block is multiplied by weights of 0, and a NaN there would stay one.
+    return KVMemory(torch.zeros(shape, dtype=dtype, device=device), block_size)
+
+
+def pinned_memory(
+    blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> tuple[KVMemory, Callable[[], object]]:
+    """Layer-blocks in host memory that the GPU can address, on huge pages where there are any.
+
+    Also returns what unpins them; that happens at the latest when the memory is given up.
+    """
+    memory = KVMemory.allocate(blocks, kv_heads, head_dim, block_size, dtype)
+    if not memory.nbytes:
+        return memory, lambda: None
+    address = memory.tensor.data_ptr()
+    status = _runtime().cudaHostRegister(address, memory.nbytes, _MAPPED)
+    if int(status):
+        raise InputError(
+            f"KV memory of {memory.nbytes / _GIB:.2f} GiB cannot be pinned (cudaHostRegister: error "
+            f"{int(status)}): give the host fewer blocks, or raise 'ulimit -l'"
+        )
+    return memory, weakref.finalize(memory, _unpin, address)
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.synchronize()
+    _runtime().cudaHostUnregister(address)
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+class TableMirror:
+    """The GPU tier's block tables in device memory, int32 [layers, slots, width], brought up to date by step.
+
+    Attributes:
+        tables: the device's copy; a new tensor when the host's tables have grown.
+        generation: how often that has happened.
+    """
+
+    def __init__(self, tier: TierBlocks, device: torch.device) -> None:
+        self._tier = tier
+        self._device = device
+        self.generation = 0
+        tier.watch()
+        self.tables: Tensor = torch.from_numpy(tier.tables).to(device)
+
+    def update(self) -> None:
+        """Bring over what has changed, on the current stream. The step before must have ended."""
+        changes = self._tier.changes()
+        host = self._tier.tables
+        if tuple(self.tables.shape) != host.shape:
+            self.tables = torch.from_numpy(host).to(self._device)
+            self.generation += 1
+        elif changes:
+            where, what = _entries(host, changes)
+            index = torch.from_numpy(where).pin_memory().to(self._device, non_blocking=True)
+            value = torch.from_numpy(what).pin_memory().to(self._device, non_blocking=True)
+            self.tables.view(-1).index_copy_(0, index, value)
+
+
+def _entries(tables: Ints, changes: Sequence[tuple[int, int, int]]) -> tuple[np.ndarray, Ints]:
+    """Flat positions and values of the entries [start, stop) of the rows that changed, in all layers."""
+    layers, slots, width = tables.shape
+    rows = np.array([c[0] for c in changes], dtype=np.int64)
+    counts = np.array([c[2] - c[1] for c in changes], dtype=np.int64)
+    firsts = np.array([c[1] for c in changes], dtype=np.int64)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    flat = np.repeat(rows * width + firsts, counts) + within
+    where = (np.arange(layers, dtype=np.int64)[:, None] * (slots * width) + flat).ravel()
+    return where, tables.reshape(-1)[where]

@@ -1,0 +1,167 @@
+"""What a step on the GPU needs beside its rows: blocks to copy, and KV that passes through staging blocks.
+
+*Special* rows are streamed decodes and prefill chunks bound for the host. Their block tables, [layers,
+special rows, blocks], name the blocks of the GPU's memory where their KV is while the step computes with it:
+the request's own in the layers that live on the GPU, staging blocks in the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neo.core.blocks import blocks_for
+from neo.core.plan import StepPlan
+from neo.runtime import cuda_kernels as kernels
+from neo.runtime.block_tables import BlockTables, Copies, Ints
+from neo.runtime.kv_memory import KVMemory
+from neo.runtime.step_inputs import BatchInputs
+
+_NOTHING: Ints = np.empty(0, dtype=np.int32)
+
+
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """A small array, copied on the current stream without waiting."""
+    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory().to(device, non_blocking=True)
+
+
+class Way(Enum):
+    """The copies of a layer, in the order of their operations."""
+
+    OUT = auto()  # swapped out, ahead of PRE
+    IN = auto()  # swapped in, ahead of GPU_ATTN
+    STREAM = auto()  # into staging blocks, ahead of GPU_ATTN
+    SPILL = auto()  # to the host behind PRE: moves ordered so, and what passed through staging blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """Rows whose KV is not where the tables say while the step runs.
+
+    Attributes:
+        tables: int32 [layers, rows, blocks] on the host.
+        streams: how many rows are streamed decodes; they come first. The others are chunks.
+        prefixed: whether anything must be copied in before new KV can be appended.
+    """
+
+    tables: Ints
+    streams: int
+    prefixed: bool
+
+
+def special_rows(
+    batch: BatchInputs, plan: StepPlan, tables: BlockTables, standing: Ints
+) -> tuple[Special | None, list[tuple[Ints, Ints]], list[tuple[Ints, Ints]]]:
+    """The special rows of sub-batch 0, and per layer what is streamed in and what is written back.
+
+    ``standing``: staging blocks [buffers, blocks] that are always there.
+    """
+    layers, size = tables.layers, tables.block_size
+    empty = [(_NOTHING, _NOTHING)] * layers
+    spilled = batch.chunks[len(batch.chunks) - _spilled(batch) :]
+    streams = batch.stream
+    if not len(streams) and not spilled:
+        return None, empty, empty
+    slots = [*streams.slots.tolist(), *(c.slot for c in spilled)]
+    starts = [*streams.positions.tolist(), *(c.start for c in spilled)]
+    ends = [*streams.lengths.tolist(), *(c.start + c.length for c in spilled)]
+    rooms = [blocks_for(n, size) for n in ends]
+    total, ring = sum(rooms), plan.ring or len(standing)
+    buffers = tables.stage(ring * total).reshape(ring, total) if plan.ring else standing
+    if total > buffers.shape[1]:
+        raise AssertionError(f"{total} blocks to stage, the buffer has {buffers.shape[1]}")
+    found = np.zeros((layers, len(slots), max(rooms)), dtype=np.int32)
+    into: list[tuple[Ints, Ints]] = []
+    back: list[tuple[Ints, Ints]] = []
+    uses = 0
+    for layer in range(layers):
+        offset, used = 0, False
+        ins: list[tuple[Ints, Ints]] = []
+        outs: list[tuple[Ints, Ints]] = []
+        for i, (slot, start, room) in enumerate(zip(slots, starts, rooms, strict=True)):
+            resident = i < len(streams) and tables.gpu.held[layer, slot]
+            if resident:
+                found[layer, i, :room] = tables.gpu.tables[layer, slot, :room]
+            else:
+                mine = buffers[uses % ring, offset : offset + room]
+                found[layer, i, :room] = mine
+                host = tables.cpu.tables[layer, slot]
+                have, first = blocks_for(start, size), start // size
+                ins.append((host[:have], mine[:have]))
+                outs.append((mine[first:], host[first:room]))
+                used = True
+            offset += room
+        uses += used
+        into.append(_joined(ins))
+        back.append(_joined(outs))
+    prefixed = any(len(pair[0]) for pair in into) or bool(len(streams))
+    return Special(found, len(streams), prefixed), into, back
+
+
+def _spilled(batch: BatchInputs) -> int:
+    """How many chunks are bound for the host; they come last."""
+    if not len(batch.spill):
+        return 0
+    return sum(c.row >= batch.spill.row for c in batch.chunks)
+
+
+def _joined(pairs: Sequence[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
+    if not pairs:
+        return _NOTHING, _NOTHING
+    return np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
+
+
+class LayerCopies:
+    """All block copies of a step: one list on the device, one launch per way and layer."""
+
+    def __init__(self, gpu: KVMemory, cpu: KVMemory, device: torch.device) -> None:
+        self._device = device
+        one = torch.zeros(1, dtype=torch.int32, device=device)
+        to_host = kernels.copy_blocks(gpu.tensor, cpu.tensor, one, one)
+        to_gpu = kernels.copy_blocks(cpu.tensor, gpu.tensor, one, one)
+        self._launch = {Way.OUT: to_host, Way.SPILL: to_host, Way.IN: to_gpu, Way.STREAM: to_gpu}
+        self._where: dict[tuple[Way, int], tuple[int, int]] = {}
+        self._list: Tensor | None = None
+
+    def begin(
+        self,
+        copies: Copies,
+        layers: int,
+        into: Sequence[tuple[Ints, Ints]],
+        back: Sequence[tuple[Ints, Ints]],
+    ) -> None:
+        """The lists of a step, sent on the current stream."""
+        self._where.clear()
+        parts: list[Ints] = []
+        at = 0
+        for layer in range(layers):
+            for way, pairs in (
+                (Way.OUT, [copies.swap_out.at(layer)]),
+                (Way.IN, [copies.swap_in.at(layer)]),
+                (Way.STREAM, [into[layer]]),
+                (Way.SPILL, [copies.behind.at(layer), back[layer]]),
+            ):
+                source, target = _joined(pairs)
+                if len(source):
+                    self._where[way, layer] = (at, len(source))
+                    parts += [source, target]
+                    at += 2 * len(source)
+        self._list = to_device(np.concatenate(parts), self._device) if parts else None
+
+    def run(self, way: Way, layer: int) -> bool:
+        """Copy what is to be copied; whether there was anything."""
+        found = self._where.get((way, layer))
+        if found is None or self._list is None:
+            return False
+        at, count = found
+        launch = self._launch[way]
+        address = self._list.data_ptr() + 4 * at
+        launch.args.src_blocks, launch.args.dst_blocks = address, address + 4 * count
+        launch.args.count = count
+        launch()
+        return True

@@ -1,0 +1,163 @@
+"""Norm, SiLU, rotary embedding with append, and block copies of the CUDA kernels against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_cases import EPSILON, Device, device, paged
+
+from neo.runtime import cuda_kernels as ck
+
+__all__ = ["device"]
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def near(got: torch.Tensor, expected: torch.Tensor, roundings: float = 1.0) -> None:
+    """So many roundings to the type, and of fp32 sums as many as a warp's tree has."""
+    eps = EPSILON[got.dtype] * roundings + 16 * EPSILON[torch.float32]
+    scale = expected.abs() + expected.abs().mean() * 1e-3
+    error = (got.double() - expected).abs()
+    assert (error <= eps * scale).all(), float((error / scale).max() / eps)
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("width", [8, 64, 1000, 8192, 16384])
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_add_rms_norm(device: Device, dtype: torch.dtype, width: int, with_delta: bool) -> None:
+    x, y, w = (normal(3, width, dtype=dtype, seed=i) for i in range(3))
+    weight = w[0].contiguous()
+    hidden, out = device(x.clone()), device(torch.full_like(x, float("nan")))
+    ck.add_rms_norm(hidden, device(y) if with_delta else None, device(weight), out, 1e-5)(device.stream)
+    device.wait()
+    summed = (x.float() + y.float()).to(dtype) if with_delta else x
+    assert torch.equal(hidden.cpu(), summed)
+    wide = summed.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    near(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("width", [8, 264, 14336])
+def test_silu_mul(device: Device, dtype: torch.dtype, width: int) -> None:
+    x = normal(3, 2 * width, dtype=dtype, seed=1) * 4
+    x[0, :8] = torch.tensor([0.0, 100.0, -100.0, 1e-4, -1e-4, 20.0, -20.0, 1.0]).to(dtype)
+    out = device(torch.full((3, width), float("nan"), dtype=dtype))
+    ck.silu_mul(device(x), out)(device.stream)
+    device.wait()
+    gate, up = x.double().chunk(2, -1)
+    expected = gate * torch.sigmoid(gate) * up
+    eps = EPSILON[dtype] + 2.0**-20 * (1 if dtype is torch.float32 else 8)
+    least = 1e-30 if dtype is not torch.float16 else 2.0**-24
+    assert ((out.cpu().double() - expected).abs() <= eps * expected.abs() + least).all()
+
+
+def reference(x: torch.Tensor, weights: ck.QkvWeights, heads: int, kv_heads: int, dim: int, cos, sin):
+    """q, k, v in float64."""
+    wide = x.double()
+    if weights.bias is not None:
+        wide = wide + weights.bias.double()
+    all_heads = wide.view(len(x), heads + 2 * kv_heads, dim)
+    q, k, v = all_heads.split([heads, kv_heads, kv_heads], 1)
+    turned = []
+    for part, norm in ((q, weights.q_norm), (k, weights.k_norm)):
+        if norm is not None:
+            part = part / (part.square().mean(-1, keepdim=True) + weights.eps).sqrt() * norm.double()
+        turned.append(part * cos.double()[:, None] + part.roll(dim // 2, -1) * sin.double()[:, None])
+    return turned[0], turned[1], v
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+def test_qkv_rope_append(device: Device, dtype: torch.dtype, dim: int, block_size: int) -> None:
+    """Rows for the cache, a row for nobody; what is in the cache otherwise stays as it is."""
+    heads, kv_heads = 4, 2
+    case = paged((0, 21, 0, 40), dtype, kv_heads, dim, block_size, room=45)
+    slots = torch.tensor([3, -1, 1, 0, 3], dtype=torch.int32)
+    positions = torch.tensor([41, 7, 21, 0, 40], dtype=torch.int32)
+    rows = len(slots)
+    x = normal(rows, (heads + 2 * kv_heads) * dim, dtype=dtype, seed=2)
+    cos, sin = (normal(rows, dim, dtype=dtype, seed=i) for i in (3, 4))
+    full = dim != 80  # with bias and norms, and without
+    weights = ck.QkvWeights(
+        bias=normal(x.shape[1], dtype=dtype, seed=5) if full else None,
+        q_norm=normal(dim, dtype=dtype, seed=6) if full else None,
+        k_norm=normal(dim, dtype=dtype, seed=7) if full else None,
+        eps=1e-6,
+    )
+    on = ck.QkvWeights(
+        *(None if t is None else device(t) for t in (weights.bias, weights.q_norm, weights.k_norm)), 1e-6
+    )
+    blocks = device(case.blocks.clone())
+    q = device(torch.full((rows, heads, dim), float("nan"), dtype=dtype))
+    k, v = (device(torch.full((rows, kv_heads, dim), float("nan"), dtype=dtype)) for _ in range(2))
+    ck.qkv_rope_append(
+        ck.cache_of(blocks, block_size), device(x), on, device(cos), device(sin), q, k, v,
+        device(case.tables), device(slots), device(positions),
+    )(device.stream)  # fmt: skip
+    device.wait()
+    expected = reference(x, weights, heads, kv_heads, dim, cos, sin)
+    for got, want in zip((q, k, v), expected, strict=True):  # a sum of two products: error of the larger
+        error = (got.cpu().double() - want).abs()
+        assert (error <= (EPSILON[dtype] + 2.0**-20) * want.abs() + 2.0**-19 * want.abs().max()).all()
+    grown = case.blocks.clone()
+    planes_k = grown[:, :, 0].view(len(grown), kv_heads, dim, block_size)
+    planes_v = grown[:, :, 1].view(len(grown), kv_heads, block_size, dim)
+    for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        if slot >= 0:
+            block, offset = int(case.tables[slot, position // block_size]), position % block_size
+            planes_k[block, :, :, offset] = k.cpu()[row]
+            planes_v[block, :, offset] = v.cpu()[row]
+    assert torch.equal(blocks.cpu().view(torch.uint8), grown.view(torch.uint8))
+
+
+def test_qkv_in_place_without_cache(device: Device) -> None:
+    """Rows of the projection become rotated where they are."""
+    heads, kv_heads, dim = 4, 2, 64
+    case = paged((0,), torch.float32, kv_heads, dim, 16)
+    x = normal(3, (heads + 2 * kv_heads) * dim, dtype=torch.float32, seed=2)
+    cos, sin = (normal(3, dim, dtype=torch.float32, seed=i) for i in (3, 4))
+    fused = device(x.clone())
+    parts = fused.view(3, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], 1)
+    cache = ck.cache_of(device(case.blocks), 16)
+    ck.qkv_rope_append(cache, fused, ck.QkvWeights(), device(cos), device(sin), *parts, None, None, None)(
+        device.stream
+    )
+    device.wait()
+    expected = torch.cat(reference(x, ck.QkvWeights(), heads, kv_heads, dim, cos, sin), 1)
+    assert (fused.cpu().double() - expected.reshape(3, -1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("engines", [False, True])
+@pytest.mark.parametrize("elements", [8, 1000, 40000])
+@pytest.mark.parametrize("to_host", [True, False])
+def test_copy_blocks(device: Device, engines: bool, elements: int, to_host: bool) -> None:
+    src, dst = normal(7, elements, dtype=torch.float16, seed=1), torch.zeros(9, elements, dtype=torch.float16)
+    pairs = torch.tensor([[6, 0], [2, 5], [3, 6], [4, 7], [0, 8]], dtype=torch.int32)
+    lists = [device.pinned(pairs[:, i].contiguous()) for i in range(2)]
+    there, back = (device(src), device.pinned(dst)) if to_host else (device.pinned(src), device(dst))
+    ck.copy_blocks(there, back, *lists, ctas=3, engines=engines)(device.stream)
+    device.wait()
+    dst[pairs[:, 1].long()] = src[pairs[:, 0].long()]
+    assert torch.equal(back.cpu(), dst)
+
+
+def test_copy_count_is_read_when_it_runs(device: Device) -> None:
+    src, dst = normal(4, 64, dtype=torch.float16, seed=1), torch.zeros(4, 64, dtype=torch.float16)
+    lists = [device.pinned(torch.arange(4, dtype=torch.int32)) for _ in range(2)]
+    count = device.pinned(torch.tensor([4], dtype=torch.int32))
+    there, back = device(src), device(dst)
+    copy = ck.copy_blocks(there, back, *lists, count_at=count)
+    for n in (0, 3, -1):
+        count[0] = n
+        back.zero_()
+        copy(device.stream)
+        device.wait()
+        kept = max(0, n)
+        assert torch.equal(back.cpu()[:kept], src[:kept])
+        assert not back.cpu()[kept:].any()
