@@ -28,7 +28,7 @@ class Served:
         self.process = process
         self.url = url
         self.log = log
-        self.http = httpx.Client(base_url=url, timeout=_LONG_S)
+        self.http = httpx.Client(base_url=url, timeout=_LONG_S, verify=False)
 
     @property
     def port(self) -> int:
