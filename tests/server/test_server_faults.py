@@ -213,8 +213,8 @@ def _alive(pid: int) -> bool:
 
 
 def test_sigterm_loses_no_request_within_its_grace_time(own: Served) -> None:
-    readers = [Reader(own, max_tokens=700) for _ in range(40)]
-    whole = [Reader(own, max_tokens=700, stream=False) for _ in range(8)]
+    readers = [Reader(own, max_tokens=500) for _ in range(40)]
+    whole = [Reader(own, max_tokens=500, stream=False) for _ in range(8)]
     for reader in readers:
         assert reader.began.wait(60)
     own.wait_for(num_requests_running=48)
@@ -227,11 +227,11 @@ def test_sigterm_loses_no_request_within_its_grace_time(own: Served) -> None:
     for reader in readers:
         *chunks, last = reader.result()
         assert last == "[DONE]"
-        assert len(chunks) == 700
+        assert len(chunks) == 500
     for reader in whole:
         (answer,) = reader.result()
         assert isinstance(answer, dict)
-        assert answer["usage"]["completion_tokens"] == 700
+        assert answer["usage"]["completion_tokens"] == 500
     assert own.exit_code() == 0
 
 
