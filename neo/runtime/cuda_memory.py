@@ -98,7 +98,8 @@ class TableMirror:
             self._room = self._buffers(2 * count)
         host, device = self._room
         host.numpy()[0, :count], host.numpy()[1, :count] = where, what
-        device[:, :count].copy_(host[:, :count], non_blocking=True)
+        for source, target in zip(host, device, strict=True):  # each row is one run of memory
+            target[:count].copy_(source[:count], non_blocking=True)
         self.tables.view(-1).index_copy_(0, device[0, :count], device[1, :count].to(torch.int32))
 
     def _buffers(self, count: int) -> tuple[Tensor, Tensor]:
