@@ -208,9 +208,8 @@ def variants(args: argparse.Namespace) -> None:
             speeds.setdefault(key, []).append((kernel, read))
         for (way, segment), found in speeds.items():
             kernel, read = np.median(np.array(found), axis=0)
-            print(
-                f"{heads[0]}/{heads[1]:<3} {way:>7} {segment:4} tokens  kernel {kernel:6.1f}  read {read:6.1f}"
-            )
+            name = f"{heads[0]}/{heads[1]}"
+            print(f"{name:>6} {way:>7} {segment:4} tokens  kernel {kernel:6.1f}  read {read:6.1f}")
         for pool in pools.values():
             pool.close()
 

@@ -28,7 +28,6 @@ from neo.runtime.program import Issued, fault, program, wait_for
 from neo.runtime.rope import Rope
 from neo.runtime.step_inputs import Append, BatchInputs, ChunkRows, StepInputs
 
-
 _COPY_SPIN_US = 50
 
 
