@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from array import array
 from functools import partial
@@ -41,10 +42,11 @@ class NullExecutor:
         tables: block tables.
         vocab: tokens of the model.
         token: the one that is sampled.
-        busy_s: seconds for which a step keeps its core busy, as a model on the CPU does.
+        busy_s: processor time for which a step keeps its core busy, as a model on the CPU does.
         grid_s: if not 0, a step sleeps until the clock shows a multiple of it, as one that waits for a GPU:
             whoever reads the same clock later knows how old a token is.
-        trace: where ``close`` writes, as JSON, when each step began and how many tokens it brought.
+        trace: where ``close`` writes, as JSON, when each step began, on the wall clock and in processor time
+            of this process, and how many tokens it brought.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class NullExecutor:
         self._grid_s = grid_s
         self._trace = trace
         self.begins = array("d")
+        self.processor = array("d")
         self.tokens = array("q")
 
     def run(
@@ -70,8 +73,10 @@ class NullExecutor:
     ) -> StepTimes:
         begin = time.perf_counter()
         self.begins.append(begin)
+        busy = time.process_time()
+        self.processor.append(busy)
         self.tokens.append(len(inputs.sampled))
-        while time.perf_counter() < begin + self._busy_s:
+        while self._busy_s and time.process_time() < busy + self._busy_s:
             pass
         if self._grid_s:
             time.sleep(self._grid_s - begin % self._grid_s)
@@ -84,11 +89,23 @@ class NullExecutor:
 
     def close(self) -> None:
         if self._trace is not None:
-            self._trace.write_text(json.dumps([self.begins.tolist(), self.tokens.tolist()]))
+            columns = (self.begins, self.processor, self.tokens)
+            self._trace.write_text(json.dumps([column.tolist() for column in columns]))
 
 
-def build(config: EngineConfig, record: RunRecord | None, log: TextIO | None = None, **pace: Any) -> Built:
-    """An engine on a NullExecutor; ``pace`` is what that takes beyond tables and vocabulary."""
+def build(
+    config: EngineConfig,
+    record: RunRecord | None,
+    log: TextIO | None = None,
+    core: int | None = None,
+    **pace: Any,
+) -> Built:
+    """An engine on a NullExecutor; ``pace`` is what that takes beyond tables and vocabulary.
+
+    With ``core`` its process keeps to that core.
+    """
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     parts = EngineParts(config)
     system = parts.system()
     scheduler = system.scheduler()
@@ -120,9 +137,14 @@ def main() -> None:
     parser.add_argument("--busy", type=float, default=0.0)
     parser.add_argument("--grid", type=float, default=0.0)
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--core", type=int, help="of the engine's process; the HTTP process takes the others")
     args = parser.parse_args()
     child = spawn()
-    made = partial(build, token=ord("a"), busy_s=args.busy, grid_s=args.grid, trace=args.trace)
+    if args.core is not None:
+        os.sched_setaffinity(0, os.sched_getaffinity(0) - {args.core})
+    made = partial(
+        build, core=args.core, token=ord("a"), busy_s=args.busy, grid_s=args.grid, trace=args.trace
+    )
     launch = Launch(config_for(args.sequences, args.tokens), made)
     limits = ServerLimits(stream_buffer=1 << 16)
     config = ServeConfig(

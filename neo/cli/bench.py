@@ -123,11 +123,7 @@ ApiKey = Annotated[
 ]
 _ANY_TOKEN = 2**31
 _SERVER_ONLY = ("concurrency", "endpoint", "api_key")
-_ENGINE_ONLY = (
-    *("load_format", "dtype", "max_model_len", "gpu_threads", "cpu_threads", "cpu_cores", "backend", "ahead"),
-    *("policy", "policy_opt", "hardware", "cost", "cost_opt", "kv_gpu_blocks", "kv_cpu_blocks"),
-    *("kv_gpu_bytes", "kv_cpu_bytes", "block_size", "max_seqs", "max_batch_tokens", "warmup", "timeline"),
-)
+_ENGINE_PANELS = (eng.ENGINE, opt.SYSTEM, opt.BUDGET)
 
 
 def bench(
@@ -266,12 +262,16 @@ def _given(ctx: typer.Context, name: str) -> bool:
 
 def _check_flags(ctx: typer.Context, url: str | None) -> None:
     """Refuse flags of the engine where a server is asked, and the other way round."""
-    wrong = _SERVER_ONLY if url is None else _ENGINE_ONLY
-    flags = {p.name: p.opts[0] for p in ctx.command.params}
-    for name in wrong:
-        if _given(ctx, name):
-            why = "needs --url" if url is None else "is not for --url: the server has its own"
-            raise InputError(f"{flags[name]} {why}")
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        panel = getattr(parameter, "rich_help_panel", None)
+        if not _given(ctx, name):
+            continue
+        if url is None and name in _SERVER_ONLY:
+            raise InputError(f"{parameter.opts[0]} needs --url")
+        of_engine = (panel in _ENGINE_PANELS and name != "model") or name in ("warmup", "timeline")
+        if url is not None and of_engine:
+            raise InputError(f"{parameter.opts[0]} is not for --url: the server has its own")
 
 
 def _given_prompts(trace: Path | None, workload: Workload, endpoint: Endpoint) -> Prompts:

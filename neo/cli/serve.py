@@ -143,73 +143,78 @@ def serve(
         raise InputError(f"neo serve needs {missing[0]}: pip install 'neo-serve[serve]'")
     from neo.runtime.server.spawn import spawn
 
-    child = spawn()  # it loads its libraries while this process loads its own
-    from neo.runtime.server.launch import Launch
-    from neo.runtime.server.limits import ServerLimits
-    from neo.runtime.server.run import ServeConfig, run_server
+    with spawn() as child:  # it loads its libraries while this process loads its own
+        from neo.runtime.server.launch import Launch
+        from neo.runtime.server.limits import ServerLimits
+        from neo.runtime.server.run import ServeConfig, run_server
 
-    if model is None and kv_gpu_blocks is None and kv_gpu_bytes is None:
-        kv_gpu_blocks = _TINY_BLOCKS
-    if model is None and kv_cpu_blocks is None and kv_cpu_bytes is None:
-        kv_cpu_blocks = _TINY_BLOCKS
-    if model is None and load_format is eng.LoadFormat.dummy:
-        raise InputError("--load-format dummy needs --model: a preset's name, or a config.json")
-    path, folder, names = _model(model, tokenizer, served_model_name)
-    config = eng.engine_config(
-        model=path,
-        load_format=load_format,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        device=device,
-        gpu_memory=gpu_memory,
-        gpu_threads=gpu_threads,
-        cpu_threads=cpu_threads,
-        cpu_cores=cpu_cores,
-        backend=backend,
-        ahead=ahead,
-        hardware=hardware,
-        cost=cost,
-        cost_opt=cost_opt,
-        kv_gpu_blocks=kv_gpu_blocks,
-        kv_cpu_blocks=kv_cpu_blocks,
-        kv_gpu_bytes=kv_gpu_bytes,
-        kv_cpu_bytes=kv_cpu_bytes,
-        limits=Limits(block_size=block_size, max_seqs=max_num_seqs, max_batch_tokens=max_num_batched_tokens),
-        seed=seed,
-    )
-    options = options_by_policy([policy], key_values(policy_opt, "--policy-opt"))[policy]
-    config = replace(config, policy=policy, policy_options=options)
-    keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
-    limits = ServerLimits(
-        max_queued=max_queued_requests,
-        max_body_bytes=size_of(max_body_size, "--max-body-size") or 0,
-        request_timeout_s=request_timeout,
-        stream_buffer=stream_buffer,
-        grace_s=grace,
-        linger_s=linger,
-    )
-    if host not in _LOOPBACK and not keys:
-        print(f"warning: {host} may be reached from other machines, and no --api-key is set", file=sys.stderr)
-    if record is not None:
-        open_results(record, "--record")
-        keep_cost_table(cost, record)
-    launch = Launch(config, record_dir=record, write_results=write_results)
-    code = run_server(
-        ServeConfig(
-            child,
-            launch,
-            folder,
-            names,
-            host,
-            port,
-            keys,
-            tuple(cors_origin or ()),
-            limits,
-            log_format.value,
-            log_prompts,
-            lambda address: _announce(address, names[0], bool(keys)),
+        if model is None and kv_gpu_blocks is None and kv_gpu_bytes is None:
+            kv_gpu_blocks = _TINY_BLOCKS
+        if model is None and kv_cpu_blocks is None and kv_cpu_bytes is None:
+            kv_cpu_blocks = _TINY_BLOCKS
+        if model is None and load_format is eng.LoadFormat.dummy:
+            raise InputError("--load-format dummy needs --model: a preset's name, or a config.json")
+        path, folder, names = _model(model, tokenizer, served_model_name)
+        config = eng.engine_config(
+            model=path,
+            load_format=load_format,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            device=device,
+            gpu_memory=gpu_memory,
+            gpu_threads=gpu_threads,
+            cpu_threads=cpu_threads,
+            cpu_cores=cpu_cores,
+            backend=backend,
+            ahead=ahead,
+            hardware=hardware,
+            cost=cost,
+            cost_opt=cost_opt,
+            kv_gpu_blocks=kv_gpu_blocks,
+            kv_cpu_blocks=kv_cpu_blocks,
+            kv_gpu_bytes=kv_gpu_bytes,
+            kv_cpu_bytes=kv_cpu_bytes,
+            limits=Limits(
+                block_size=block_size, max_seqs=max_num_seqs, max_batch_tokens=max_num_batched_tokens
+            ),
+            seed=seed,
         )
-    )
+        options = options_by_policy([policy], key_values(policy_opt, "--policy-opt"))[policy]
+        config = replace(config, policy=policy, policy_options=options)
+        keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
+        limits = ServerLimits(
+            max_queued=max_queued_requests,
+            max_body_bytes=size_of(max_body_size, "--max-body-size") or 0,
+            request_timeout_s=request_timeout,
+            stream_buffer=stream_buffer,
+            grace_s=grace,
+            linger_s=linger,
+        )
+        if host not in _LOOPBACK and not keys:
+            print(
+                f"warning: {host} may be reached from other machines, and no --api-key is set",
+                file=sys.stderr,
+            )
+        if record is not None:
+            open_results(record, "--record")
+            keep_cost_table(cost, record)
+        launch = Launch(config, record_dir=record, write_results=write_results)
+        code = run_server(
+            ServeConfig(
+                child,
+                launch,
+                folder,
+                names,
+                host,
+                port,
+                keys,
+                tuple(cors_origin or ()),
+                limits,
+                log_format.value,
+                log_prompts,
+                lambda address: _announce(address, names[0], bool(keys)),
+            )
+        )
     raise typer.Exit(code)
 
 

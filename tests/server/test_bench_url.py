@@ -224,6 +224,8 @@ def test_what_cannot_be_is_one_line(server: Served) -> None:
         (["--url", "http://127.0.0.1:9"], "--url http://127.0.0.1:9: "),
         (["--url", server.url, "--policy", "neo"], "--policy is not for --url"),
         (["--url", server.url, "--kv-gpu-bytes", "1GB"], "--kv-gpu-bytes is not for --url"),
+        (["--url", server.url, "--device", "cpu"], "--device is not for --url"),
+        (["--url", server.url, "--no-warmup"], "--warmup is not for --url"),
         (["--concurrency", "2"], "--concurrency needs --url"),
         (["--url", server.url, "--timeout", "-1"], "--timeout"),
         (

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+import typer
 from serving import MODEL, Served, serving, stream_of
+from typer.testing import CliRunner
+
+from neo.cli.serve import serve
+from neo.core.errors import InputError
 
 KEY = "a secret"
 
@@ -114,6 +122,9 @@ def test_errors_of_http_itself_have_the_same_shape(server: Served) -> None:
 def test_health_and_version(server: Served) -> None:
     assert server.http.get("/health").json() == {"status": "ok"}
     assert server.http.get("/version").json()["version"]
+    for path in ("/health", "/metrics", "/version"):
+        probe = server.http.head(path)
+        assert (probe.status_code, probe.content) == (200, b"")
     described = server.http.get("/openapi.json").json()
     assert "/v1/chat/completions" in described["paths"]
 
@@ -139,18 +150,28 @@ def test_metrics_count_what_happened(server: Served) -> None:
 
 
 def test_wrong_options_end_in_one_line(tmp_path: Path) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(serve)
     for arguments, words in (
         (["--model", str(tmp_path)], "no usable tokenizer"),
         (["--policy", "nope"], "nope"),
         (["--host", "256.1.1.1"], "cannot listen"),
         (["--max-model-len", "4096"], "2048"),
+        (["--kv-gpu-bytes", "900TB"], "give fewer blocks"),
+        (["--record", "/dev/null/run"], "cannot write into --record"),
     ):
-        with pytest.raises(AssertionError) as caught, serving(tmp_path, *arguments):
-            pass
-        message = str(caught.value)
-        assert "error: " in message
-        assert words in message
-        assert "Traceback" not in message
+        found = CliRunner().invoke(app, ["--port", "0", *arguments])
+        assert isinstance(found.exception, InputError), (arguments, found.exception)
+        assert words in str(found.exception)
+        assert "\n" not in str(found.exception)
+
+
+def test_a_server_that_cannot_begin_says_why_and_ends_with_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "neo", "serve", "--max-model-len", "4096", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch("error: .*2048.*\n", done.stderr)
+    assert done.stdout == ""
 
 
 def test_the_model_name_may_be_left_out(server: Served) -> None:

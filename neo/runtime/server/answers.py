@@ -47,8 +47,7 @@ class Answers:
             "choices": [self.chunk_choice(piece, first)],
         }
         if self.usage_always:
-            prompt, output = generation.prompt_tokens(piece.choice), generation.tokens(piece.choice)
-            found["usage"] = _usage(prompt, output)
+            found["usage"] = _usage(generation.prompt_tokens(piece.choice), piece.tokens)
         elif self.usage_at_end:
             found["usage"] = None
         return found

@@ -235,6 +235,9 @@ def _add_gets(app: FastAPI, server: Server) -> None:
     async def version() -> Response:
         return JsonResponse({"version": __version__})
 
+    for path, handler in (("/health", health), ("/metrics", metrics), ("/version", version)):
+        app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)  # what some probes send
+
 
 def _add_errors(app: FastAPI, server: Server) -> None:
     async def api_error(request: Request, error: Exception) -> Response:

@@ -272,7 +272,10 @@ class Bridge(asyncio.Protocol):
             )
 
     def retry_after_s(self) -> int:
-        """Whole seconds until as many requests as wait now have ended, at the rate of the latest ends."""
+        """Whole seconds until as many requests as wait now have ended, at the rate of the latest ends.
+
+        Only ends since the queue was last empty count: before, it was clients who set the rate.
+        """
         if len(self._ends) < 2:
             return 1
         rate = (len(self._ends) - 1) / max(1e-3, self._ends[-1] - self._ends[0])
@@ -337,7 +340,10 @@ class Bridge(asyncio.Protocol):
             self._overflow(live.inbox)
 
     def _note_end(self, live: Live, reason: str, now: float) -> None:
-        self._ends.append(now)
+        if self.queued > 0:
+            self._ends.append(now)
+        else:
+            self._ends.clear()
         self.observer.ended(live, reason, now)
 
     def _overflow(self, inbox: Inbox) -> None:

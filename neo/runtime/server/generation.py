@@ -28,6 +28,7 @@ class Piece(NamedTuple):
     choice: int
     token: int | None
     text: str
+    tokens: int  # of the choice so far
     logprobs: Logprobs | None = None
     finish_reason: str | None = None  # "stop" or "length"
     stop_reason: str | int | None = None  # the stop string or stop token
@@ -173,7 +174,7 @@ class Generation:
         if event.reason is not None and event.reason not in (FinishReason.LENGTH, FinishReason.STOP):
             raise _failure(event)
         if event.token is None:
-            return self._end(Piece(index, None, "", finish_reason=event.reason))
+            return self._end(Piece(index, None, "", self._choices[index].tokens, finish_reason=event.reason))
         return self._of_token(index, event.token, event.logprobs, event.reason)
 
     def _of_token(self, index: int, token: int, logprobs: Logprobs | None, reason: str | None) -> Piece:
@@ -188,11 +189,12 @@ class Generation:
             text, met = choice.stops.push(choice.detokenizer.push(token))
         if met is not None:
             self.bridge.abort(self._keys[index], FinishReason.STOP)
-            return self._end(Piece(index, token, text, logprobs, "stop", met))
+            return self._end(Piece(index, token, text, choice.tokens, logprobs, "stop", met))
         if reason is None:
-            return Piece(index, token, text, logprobs)
+            return Piece(index, token, text, choice.tokens, logprobs)
         own = token if reason == FinishReason.STOP and token in self.wanted.params.stop_token_ids else None
-        return self._end(Piece(index, token, text + choice.stops.flush(), logprobs, reason, own))
+        text += choice.stops.flush()
+        return self._end(Piece(index, token, text, choice.tokens, logprobs, reason, own))
 
     def _end(self, piece: Piece) -> Piece:
         self._choices[piece.choice].ended = True

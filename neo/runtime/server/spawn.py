@@ -13,10 +13,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """The engine's process, and our end of the socket to it. It ends by itself when this end closes."""
+    """The engine's process, and our end of the socket to it. It ends by itself when this end closes.
+
+    As a context manager it leaves neither behind.
+    """
 
     process: subprocess.Popen[bytes]
     sock: socket.socket
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.sock.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
 
 
 def spawn() -> Child:
