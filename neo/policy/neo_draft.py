@@ -155,7 +155,9 @@ class Draft:
     def _admit(self, budget: int, slots: int) -> None:
         view = self.view
         room: int | None = None  # how many more may go to the CPU; asked for when the first would
-        to_cpu = self.forced  # a starving request is to get the GPU's next room
+        # The GPU's next room is for a starving request, or, unless eager, for whoever is on the CPU already:
+        # those who come after may not overtake.
+        to_cpu = self.forced or bool(self.cpu_candidates and not self.options.eager)
         watermark = int(self.gpu.total * self.options.watermark)
         cpu_watermark = int(self.cpu.total * self.options.watermark)
         for r in view.waiting:
