@@ -131,7 +131,7 @@ def test_qkv_rope_append(device: Device, dtype: torch.dtype, dim: int, block_siz
 @pytest.mark.parametrize("dim", [80, 128])
 @pytest.mark.parametrize("block_size", [8, 32])
 def test_qkv_of_prefills(device: Device, dtype: torch.dtype, dim: int, block_size: int) -> None:
-    """Many rows at once: neighbours in the cache from a whole 8 tokens on, and from others, decodes between."""
+    """Many rows at once: neighbours in the cache from a whole 8 tokens on, and from others; decodes."""
     case = paged((0, 3, 40, 0), dtype, HEADS[1], dim, block_size, room=300)
     parts = [(2, 40, 200), (-1, 0, 3), (1, 3, 150), (-1, 0, 5), (0, 0, 1), (3, 9, 1), (3, 16, 180)]
     slots = torch.cat([torch.full((count,), slot) for slot, _, count in parts]).to(torch.int32)
