@@ -17,13 +17,18 @@ constexpr int MAX_CTAS = 16;
 constexpr int BYTES_OF_POST = THREADS * AHEAD * 16, BYTES_OF_AWAIT = BYTES_OF_POST / 2;
 constexpr unsigned POLL_NS = 20;
 
-// Of a channel, in device memory.
-struct State {
+// Of a channel, in device memory: one load. What a kernel reads at its beginning it asks for before it waits for any of it.
+struct alignas(16) State {
     uint32_t arrived; // blocks of the post that runs
     uint32_t number;  // posts so far
     uint32_t failed;
     uint32_t unused;
 };
+
+__device__ State state_of(const State *state) {
+    const uint4 words = __ldcg(reinterpret_cast<const uint4 *>(state));
+    return State{words.x, words.y, words.z, words.w};
+}
 
 __device__ int rows_of(const int32_t *rows_at, int rows) {
     return rows_at == nullptr ? rows : max(0, min(rows, *static_cast<const volatile int32_t *>(rows_at)));
@@ -66,11 +71,13 @@ struct Post {
 };
 
 __global__ void __launch_bounds__(THREADS) post_rows(const __grid_constant__ Post args) {
-    if (static_cast<volatile State *>(args.state)->failed != 0)
+    const State state = state_of(args.state);
+    const int rows = rows_of(args.rows_at, args.rows);
+    if (state.failed != 0)
         return;
     const int q_end = args.q_words, k_end = q_end + args.kv_words;
     copy_words(
-        rows_of(args.rows_at, args.rows), k_end + args.kv_words,
+        rows, k_end + args.kv_words,
         [&](Place at) {
             const char *from = at.column < q_end   ? args.q + at.row * args.q_stride + at.column * 16
                                : at.column < k_end ? args.k + at.row * args.k_stride + (at.column - q_end) * 16
@@ -87,7 +94,8 @@ __global__ void __launch_bounds__(THREADS) post_rows(const __grid_constant__ Pos
             return;
         args.state->arrived = 0; // the next post of the channel comes behind this kernel
     }
-    store_release(args.request, ++args.state->number);
+    args.state->number = state.number + 1;
+    store_release(args.request, state.number + 1);
 }
 
 struct Await {
@@ -104,31 +112,33 @@ struct Await {
 
 // Whether the answer to the last post is there.
 __device__ bool answered(const Await &args) {
-    volatile State *state = args.state;
-    const uint32_t number = state->number;
+    const State state = state_of(args.state);
+    uint32_t answer = load_acquire(args.answer);
     const uint64_t began = now_ns();
-    while (state->failed == 0) {
-        if (static_cast<int32_t>(load_acquire(args.answer) - number) >= 0)
-            return true;
+    if (state.failed != 0)
+        return false;
+    while (static_cast<int32_t>(answer - state.number) < 0) {
         if (now_ns() - began > args.timeout_ns) {
-            state->failed = 1;
-            store_release(args.error, number != 0 ? number : 1u);
+            args.state->failed = 1;
+            store_release(args.error, state.number != 0 ? state.number : 1u);
             return false;
         }
         __nanosleep(POLL_NS);
+        answer = load_acquire(args.answer);
     }
-    return false;
+    return true;
 }
 
 __global__ void __launch_bounds__(THREADS) await_rows(const __grid_constant__ Await args) {
     __shared__ bool there;
+    const int rows = rows_of(args.rows_at, args.rows);
     if (threadIdx.x == 0)
         there = answered(args);
     __syncthreads();
     if (!there)
         return;
     copy_words(
-        rows_of(args.rows_at, args.rows), args.row_words,
+        rows, args.row_words,
         [&](Place at) {
             return reinterpret_cast<const uint4 *>(args.packed + at.row * args.packed_stride + at.column * 16);
         },
