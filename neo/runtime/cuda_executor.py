@@ -133,9 +133,12 @@ class CudaExecutor:
         return {
             "executor": "cuda",
             "device": torch.cuda.get_device_name(self.model.device),
-            "capability": info.capability,
-            "driver": info.driver,
-            "kernels": cuda_library.load().neo_cuda_version().decode(),
+            "driver": f"CUDA {info.driver // 1000}.{info.driver % 1000 // 10}",
+            "backend": {
+                "kind": "cuda",
+                "target": f"sm_{info.capability}",
+                "version": cuda_library.load().neo_cuda_version().decode(),
+            },
             "torch": torch.__version__,
             "cpu_threads": self.options.cpu_threads,
             "graphs": self.options.graphs,

@@ -339,7 +339,7 @@ class Profiler:
             "hardware": hardware.name,
             "gpu": hardware.gpu,
             "cpu": hardware.cpu,
-            "driver": f"{platform.system()} {platform.release()}",
+            "driver": str(described.get("driver", f"{platform.system()} {platform.release()}")),
             "versions": {
                 "neo": __version__,
                 "python": platform.python_version(),
