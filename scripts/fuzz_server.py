@@ -117,7 +117,8 @@ def attack(url: str, args: argparse.Namespace) -> bool:
         ]
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-        print("\n".join(done.stdout.splitlines()[-25:]) + done.stderr)
+        shown = done.stdout.splitlines()[-25 if done.returncode == 0 else -100 :]
+        print("\n".join(shown) + done.stderr)
         print(f"schemathesis ended with {done.returncode} after {time.monotonic() - start:.0f} s")
         print(f"answers by status: {statuses(url)}")
         failed = done.returncode != 0
