@@ -25,7 +25,7 @@ _SAMPLE = 64  # waiting requests whose prompts are looked at
 _GRAIN = 8  # lengths are rounded to this many steps per doubling (9%), so that rates can be kept
 _EXPECTED = 0.5  # load that is assumed before arrivals are seen, of the rate without the host
 _LASTING = 0.8  # arrivals that are believed to last, of that rate; an overload is taken to pass
-_BELIEVED = 0.9  # of a rate with the host, an estimate of what CPU and GPU do side by side
+_BELIEVED = 0.95  # of a rate with the host, an estimate of what CPU and GPU do side by side
 _SPREAD = (
     1.5  # requests on the host for one that runs in a step: lengths differ, and some are being prefilled
 )
