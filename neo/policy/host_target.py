@@ -13,7 +13,6 @@ knows for how long, A is taken to be at most a share of the rate without the hos
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -26,7 +25,10 @@ _SAMPLE = 64  # waiting requests whose prompts are looked at
 _GRAIN = 8  # lengths are rounded to this many steps per doubling (9%), so that rates can be kept
 _EXPECTED = 0.5  # load that is assumed before arrivals are seen, of the rate without the host
 _LASTING = 0.8  # arrivals that are believed to last, of that rate; an overload is taken to pass
-_BELIEVED = 0.9  # of a rate with the host, an estimate of what CPU and GPU do side by side
+_BELIEVED = 0.95  # of a rate with the host, an estimate of what CPU and GPU do side by side
+_SPREAD = (
+    1.5  # requests on the host for one that runs in a step: lengths differ, and some are being prefilled
+)
 _PAUSE = 3.0  # mean gaps without an arrival after which a rate is no longer believed (chance: e^-3 = 5%)
 
 
@@ -76,7 +78,7 @@ class Outlook(NamedTuple):
                 time = (self.everyone + self.resident + count) / (rate - self.arriving)
                 if time < least:
                     best, least = count, time
-        return best
+        return int(best * _SPREAD)
 
     def crowding(self, extra: int, in_work: int) -> float:
         """By which factor ``extra`` more requests in a step must raise its rate to shorten the mean time.
@@ -211,7 +213,7 @@ def arrival_rate(view: SystemView, expected: float, over_s: float) -> float:
     if waiting < 2:
         return 0.0
     first = next(iter(view.waiting)).arrival_s
-    (last,) = deque(view.waiting, maxlen=1)
+    last = next(reversed(view.waiting))  # type: ignore[call-overload]  # of lists and dicts' values alike
     rate = (waiting - 1 + expected * over_s) / (max(0.0, last.arrival_s - first) + over_s)
     silence = view.now - last.arrival_s
     return min(rate, _PAUSE / silence) if silence > 0.0 else rate

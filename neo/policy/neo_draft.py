@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -198,10 +199,11 @@ class Draft:
         view = self.view
         if self.options.eager:
             return len(view.waiting)
-        outlook = self.outlook()
+        outlook = self.outlook
         there = len(self.cpu_candidates) + sum([r.tier is Tier.CPU for r in view.prefilling])
         return outlook.on_host() - there if outlook is not None else 0
 
+    @cached_property
     def outlook(self) -> Outlook | None:
         """What to expect of the system as it is."""
         budget = self.view.limits.max_batch_tokens

@@ -138,10 +138,10 @@ RATES = ((0, 1.0), (10, 1.1), (40, 1.6), (80, 1.6))
     ("everyone", "arriving", "best"),
     [
         (30, 0.0, 0),  # a short burst: every request on the host delays the others
-        (2000, 0.0, 40),  # a long one: the queue is what matters
-        (30, 0.8, 10),  # arrivals that the GPU alone could just serve make every gain worth more
-        (60, 0.8, 40),
-        (12, 0.8, 10),  # no more than there are
+        (2000, 0.0, 60),  # a long one: the queue is what matters
+        (30, 0.8, 15),  # arrivals that the GPU alone could just serve make every gain worth more
+        (60, 0.8, 60),
+        (12, 0.8, 15),  # no more than run at a time, and half as many again
     ],
 )
 def test_how_many_go_to_the_host(everyone: int, arriving: float, best: int) -> None:
