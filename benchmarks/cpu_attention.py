@@ -186,6 +186,34 @@ def measure(shape: Shape, args: argparse.Namespace) -> Result:
     )
 
 
+def variants(args: argparse.Namespace) -> None:
+    """Kernel and read speed by how the kernel fetches ahead: medians, all taking turns."""
+    for heads in [(32, 8), (32, 32)]:
+        bench = Bench(
+            Shape("64x1k", (1024,) * 64, heads), args.block_size, args.gigabytes * 1e9, args.threads
+        )
+        speeds: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        pools = {
+            (way.name, segment): Pool(args.threads, args.cores, prefetch=way, segment=segment)
+            for way, segment in product([Prefetch.STARTS, Prefetch.WHOLE], [32, 64, 128])
+        }
+        for _, (key, pool) in product(range(args.rounds), pools.items()):
+            seconds = []
+            with pool.step():
+                for run in (bench.attend, bench.read):
+                    begin = time.perf_counter()
+                    run(pool)
+                    seconds.append(time.perf_counter() - begin)
+            kernel, read = (bench.bytes / s / 1e9 for s in seconds)
+            speeds.setdefault(key, []).append((kernel, read))
+        for (way, segment), found in speeds.items():
+            kernel, read = np.median(np.array(found), axis=0)
+            name = f"{heads[0]}/{heads[1]}"
+            print(f"{name:>6} {way:>7} {segment:4} tokens  kernel {kernel:6.1f}  read {read:6.1f}")
+        for pool in pools.values():
+            pool.close()
+
+
 def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -209,9 +237,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a few shapes only")
     parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--variants", action="store_true", help="only: ways to fetch ahead, side by side")
     parser.add_argument("--json", type=Path, help="write the results there as well")
     args = parser.parse_args()
     print(f"{processor()}, {args.threads} threads, {ck.target()}, blocks of {args.block_size} tokens")
+    if args.variants:
+        variants(args)
+        return
     columns = {"heads": 6, "shape": 7, "kv": 5, "blocks": 11, "read": 6, "kernel": 7, "ratio": 6, "torch": 6}
     print(" ".join(f"{name:>{width}}" for name, width in columns.items()))
     results = []

@@ -222,7 +222,8 @@ def main() -> int:
     with (given.out / "results.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
     lost = [row for row in rows if loses(row)]
     for row in sorted(lost, key=lambda r: r["throughput_ratio"] - r["latency_ratio"]):
         print(describe(row))

@@ -16,7 +16,9 @@ STEPS = 60  # as --timeline 60
 def pipelined_step(folder: Path) -> list[Path]:
     """The last pipelined step of the first STEPS: a few of its layers, on all resources."""
     workload = synthetic("around:1000:0.1", "around:100:0.1", n=64, seed=0)
-    system = build_system(SystemConfig(policy="neo", hardware="g5.16xlarge", model="llama-3.1-8b"))
+    options = {"eager": "true"}  # so few requests would not go to the host otherwise
+    config = SystemConfig(policy_options=options, hardware="g5.16xlarge", model="llama-3.1-8b")
+    system = build_system(config)
     record = simulation(system, workload, level="op", timeline_steps=STEPS).run()
     step = max(i for i, mode in enumerate(record.columns.mode[:STEPS]) if mode == Mode.PIPELINED)
     path, title = folder / "pipelined-step.svg", "neo on g5.16xlarge, Llama-3.1-8B: a pipelined step"

@@ -15,12 +15,11 @@ using namespace neo;
 
 constexpr double LOG2_E = 1.4426950408889634;
 constexpr int PLAN_THREADS = 1024;
-constexpr int SHORTEST_RUN = 4; // tiles: below that, merging costs more than another warp gains
 // Of shared memory: what a block needs beside its own, and how many blocks of 4 warps should share a multiprocessor.
 constexpr int RESERVED_BYTES = 1024, CTAS_OF_SM = 2;
 
-__device__ int tiles_of_row(const Attention &args, int row) {
-    return (args.lengths[row] > 0 ? (args.lengths[row] + TILE - 1) / TILE : 0) * args.units;
+__device__ int places_of_unit(const Attention &args, int row) {
+    return args.lengths[row] > 0 ? (args.lengths[row] + TILE - 1) / TILE + UNIT_COST : 0;
 }
 
 // Inclusive sum over the block; `sums` has a place for each warp. All threads call it.
@@ -47,46 +46,51 @@ __device__ int scan(int x, int *sums) {
     return result;
 }
 
-// One block. A row tells every worker whose run begins in it where that is: each writes its own starts, so nobody
-// searches.
+// Where the run that begins at `place` of all has its beginning.
+__device__ Start find(const Attention &args, int place) {
+    int low = 0, high = args.rows; // the last row that does not begin later is in between; empty ones come before it
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (args.plan.begins[middle] <= place)
+            low = middle;
+        else
+            high = middle;
+    }
+    const int in_row = place - args.plan.begins[low], of_unit = places_of_unit(args, low);
+    return Start{low, in_row / of_unit, in_row % of_unit, 0};
+}
+
+// One block.
 __global__ void __launch_bounds__(PLAN_THREADS) make_plan(const __grid_constant__ Attention args) {
     __shared__ int sums[32];
-    __shared__ int carried;
-    const int rows_up = (args.rows + PLAN_THREADS - 1) / PLAN_THREADS * PLAN_THREADS;
-    int mine = 0;
-    for (int row = threadIdx.x; row < args.rows; row += PLAN_THREADS)
-        mine += tiles_of_row(args, row);
-    const int before_me = scan(mine, sums);
-    if (threadIdx.x == PLAN_THREADS - 1)
-        carried = before_me;
+    __shared__ int so_far;
+    if (threadIdx.x == 0)
+        so_far = 0;
+    for (int i = threadIdx.x; i < args.rows * args.units; i += PLAN_THREADS)
+        args.plan.arrived[i] = 0;
+    for (int i = threadIdx.x; i < 2 * args.workers; i += PLAN_THREADS)
+        args.plan.grouped[i] = 0;
     __syncthreads();
-    const int total = carried;
+    for (int first = 0; first < args.rows; first += PLAN_THREADS) {
+        const int row = first + static_cast<int>(threadIdx.x);
+        const int places = row < args.rows ? places_of_unit(args, row) * args.units : 0;
+        const int end = so_far + scan(places, sums);
+        if (row < args.rows)
+            args.plan.begins[row] = end - places;
+        __syncthreads();
+        if (threadIdx.x == PLAN_THREADS - 1)
+            so_far = end;
+        __syncthreads();
+    }
+    const int total = so_far;
     const int run = max((total + args.workers - 1) / args.workers, SHORTEST_RUN);
-    __syncthreads();
     if (threadIdx.x == 0) {
         args.plan.run[0] = run;
         args.plan.run[1] = total;
-        carried = 0;
     }
-    for (int i = threadIdx.x; i < args.rows * args.units; i += PLAN_THREADS)
-        args.plan.arrived[i] = 0;
     for (int w = threadIdx.x; w < args.workers; w += PLAN_THREADS)
-        if (static_cast<int64_t>(w) * run >= total)
-            args.plan.starts[w] = Start{0, 0, 0, 0};
-    __syncthreads();
-    for (int row = threadIdx.x; row < rows_up; row += PLAN_THREADS) {
-        const int tiles = row < args.rows ? tiles_of_row(args, row) : 0;
-        const int end = carried + scan(tiles, sums), begin = end - tiles;
-        const int of_unit = tiles / args.units;
-        for (int w = (begin + run - 1) / run; w * run < end; w++) {
-            const int in_row = w * run - begin;
-            args.plan.starts[w] = Start{row, in_row / of_unit, in_row % of_unit, min(run, total - w * run)};
-        }
-        __syncthreads();
-        if (threadIdx.x == PLAN_THREADS - 1)
-            carried = end;
-        __syncthreads();
-    }
+        if (static_cast<int64_t>(w) * run < total)
+            args.plan.starts[w] = find(args, w * run);
 }
 
 // How the kernel is laid out on this device; workers 0: the plain kernel.
@@ -137,7 +141,9 @@ int64_t lay_out(const neo_cuda_decode &args, const Geometry &geometry, void *wor
     };
     plan.run = reinterpret_cast<int32_t *>(take(4 * sizeof(int32_t)));
     plan.starts = reinterpret_cast<Start *>(take(geometry.workers * static_cast<int64_t>(sizeof(Start))));
+    plan.begins = reinterpret_cast<int32_t *>(take(int64_t{4} * args.rows));
     plan.arrived = reinterpret_cast<int32_t *>(take(int64_t{4} * args.rows * geometry.units));
+    plan.grouped = reinterpret_cast<int32_t *>(take(int64_t{8} * geometry.workers));
     plan.max_and_sum = reinterpret_cast<float2 *>(take(parts * static_cast<int64_t>(sizeof(float2))));
     plan.sum_v = reinterpret_cast<float *>(take(parts * args.cache->head_dim * 4));
     return at;

@@ -12,17 +12,27 @@ constexpr int HEADS_OF_MMA = 8;    // query heads in the n of m16n8k16
 constexpr int WARPS_OF_CTA = 4;
 constexpr int MAX_STAGES = 8;
 
-// Where a worker (a warp) begins: the tile-th tile of a unit of a row, and how many tiles it takes from there on.
 // Rows, units of a row (KV heads, cut where more than heads_of_unit query heads share one) and tiles of a unit follow
-// each other in one line that the workers cut into equal runs.
+// each other in one line that the workers (warps) cut into equal runs. The places of a unit in that line are UNIT_COST
+// for beginning and ending it, which takes a worker about as long as so many tiles, and then one for each tile.
+constexpr int UNIT_COST = 2;
+constexpr int SHORTEST_RUN = 4; // below that, merging costs more than another warp gains
+static_assert(SHORTEST_RUN > UNIT_COST, "a run has a tile");
+
+// Where a worker's run begins: at which place of which unit.
 struct alignas(16) Start {
-    int32_t row, unit, tile, count;
+    int32_t row, unit, offset, unused;
 };
 
+// Parts of a unit that are merged at once; where there are more, groups of so many first.
+constexpr int GROUP = 16;
+
 struct Plan {
-    int32_t *run;        // [4]: tiles in a worker's run, all tiles
+    int32_t *run;        // [4]: places in a worker's run, all places
     Start *starts;       // [workers]
-    int32_t *arrived;    // [rows * units]: parts of a unit that are done; 0 between calls
+    int32_t *begins;     // [rows]: the place at which a row begins
+    int32_t *arrived;    // [rows * units]: parts or groups of a unit that are done; 0 between calls
+    int32_t *grouped;    // [2 * workers]: parts of the group that begins with this one that are done; likewise
     float2 *max_and_sum; // [2 * workers][heads_of_unit]: of partial results; the maximum in units of log2
     float *sum_v;        // [2 * workers][heads_of_unit][head_dim]
 };
@@ -42,7 +52,7 @@ struct Attention {
     float scale_log2; // scale * log2(e)
 };
 
-// Bytes of shared memory that one tile of one warp takes: K as [token half][d][8 tokens], V's rows padded by 16 bytes.
+// Bytes of shared memory that one tile of one warp takes: K as it lies in a block of 16, V's rows padded by 16 bytes.
 constexpr int tile_bytes(int head_dim) { return 2 * TILE * head_dim + TILE * (2 * head_dim + 16); }
 template <int D> constexpr int TILE_BYTES = tile_bytes(D); // for device code
 

@@ -20,14 +20,19 @@ constexpr unsigned ALL = 0xffffffffu;
 
 __device__ __forceinline__ int tiles_of(int length) { return (length + TILE - 1) / TILE; }
 
-// A place in a worker's run.
+// A tile in a worker's run.
 struct Cursor {
     int row, unit, tile, length, tiles; // tiles: of this row
+    int begin;                          // the unit's first place in the line
+
+    __device__ int place() const { return begin + UNIT_COST + tile; }
+    __device__ int next_place() const { return place() + 1 + (tile + 1 == tiles ? UNIT_COST : 0); }
 };
 
-__device__ __forceinline__ Cursor begin(const Attention &args, const Start &start) {
+__device__ __forceinline__ Cursor begin(const Attention &args, const Start &start, int place) {
     const int length = args.lengths[start.row];
-    return Cursor{start.row, start.unit, start.tile, length, tiles_of(length)};
+    return Cursor{start.row, start.unit,       max(start.offset - UNIT_COST, 0),
+                  length,    tiles_of(length), place - start.offset};
 }
 
 // To the next tile, which is there.
@@ -35,6 +40,7 @@ __device__ __forceinline__ void advance(const Attention &args, Cursor &at) {
     if (++at.tile < at.tiles)
         return;
     at.tile = 0;
+    at.begin += UNIT_COST + at.tiles;
     if (++at.unit < args.units)
         return;
     at.unit = 0;
@@ -58,9 +64,11 @@ template <class T, int D> struct Loader {
     int first = 0;       // index of the first of them; -1: none
     const int lane;
 
-    __device__ Loader(const Attention &a, const Start &start, int lane_) : args(a), at(begin(a, start)), lane(lane_) {
+    __device__ Loader(const Attention &a, const Cursor &start, int lane_) : args(a), at(start), lane(lane_) {
         find_table();
     }
+
+    static __device__ int k_word(int d, int half) { return 2 * d + (half ^ (d >> 2 & 1)); }
 
     __device__ void find_table() {
         const int64_t slot = args.slots == nullptr ? at.row : args.slots[at.row];
@@ -92,13 +100,15 @@ template <class T, int D> struct Loader {
         const int64_t start1 = args.block_shift == 3 ? block_start(token + 8) : start0;
         const int offset0 = token & mask, offset1 = (token + 8) & mask;
 
-        const bool second = (lane & 1) != 0; // lanes take the two token halves of a row of K in turn
+        // Row d of K has two words of 16 bytes, tokens 0-7 and 8-15; they change places in every other four rows. So the
+        // 8 rows of a matrix lie in 8 different words of 128 bytes, and so do 128 bytes of the cache in all block sizes.
+        const bool second = (lane & 1) != 0;
         const T *k = head + (second ? start1 + offset1 : start0 + offset0) + ((lane >> 1) << args.block_shift);
-        uint32_t k_to = to + ((second ? D : 0) + (lane >> 1)) * 16;
+        const uint32_t k_to = to + k_word(lane >> 1, lane & 1) * 16;
         const int64_t k_step = int64_t{16} << args.block_shift;
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++)
-            copy_16(k_to + i * 256, k + i * k_step, true);
+            copy_16(k_to + i * 512, k + i * k_step, true);
 
         const int valid = at.length - token; // rows of V behind the end may be NaN, which a weight of 0 does not remove
         const T *v = head + (D << args.block_shift);
@@ -147,37 +157,43 @@ template <class T, int D, int N> struct Sums {
 
     __device__ void take(uint32_t tile, int valid, float scale_log2, int lane) {
         const int i = lane / 8, r = lane % 8;
-        const uint32_t k_at = tile + ((i & 1) * D + (i >> 1) * 8 + r) * 16;
+        const uint32_t k_at = tile + Loader<T, D>::k_word((i >> 1) * 8 + r, i & 1) * 16;
         const uint32_t v_at = tile + Loader<T, D>::V_PLANE + ((i >> 1) * 8 + r) * Loader<T, D>::V_ROW + (i & 1) * 16;
         float s[2][N][4] = {}; // two chains of sums, for half the waiting
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
             uint32_t a[4];
-            load_transposed(a, k_at + k * 256);
+            load_transposed(a, k_at + k * 512);
 #pragma unroll
             for (int n = 0; n < N; n++)
                 mma(s[k % 2][n], a, q[n][k], T{});
         }
+        float x[N][4], m[N][2];
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                x[n][c] = lane / 4 + (c < 2 ? 0 : 8) < valid ? (s[0][n][c] + s[1][n][c]) * scale_log2 : -INFINITY;
+            m[n][0] = fmaxf(x[n][0], x[n][2]);
+            m[n][1] = fmaxf(x[n][1], x[n][3]);
+        }
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) // outside, for 2 N shuffles at once
+#pragma unroll
+            for (int j = 0; j < 2 * N; j++)
+                m[j / 2][j % 2] = fmaxf(m[j / 2][j % 2], __shfl_xor_sync(ALL, m[j / 2][j % 2], step));
         uint32_t p[N][2];
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            float x[4];
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-                x[c] = lane / 4 + (c < 2 ? 0 : 8) < valid ? (s[0][n][c] + s[1][n][c]) * scale_log2 : -INFINITY;
             float alpha[2];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float m = fmaxf(x[h], x[h + 2]);
-                m = fmaxf(m, __shfl_xor_sync(ALL, m, 4));
-                m = fmaxf(m, __shfl_xor_sync(ALL, m, 8));
-                m = fmaxf(m, __shfl_xor_sync(ALL, m, 16));
-                m = fmaxf(m, max[n][h]);
-                alpha[h] = exp2f(max[n][h] - m);
-                max[n][h] = m;
-                x[h] = exp2f(x[h] - m);
-                x[h + 2] = exp2f(x[h + 2] - m);
-                sum[n][h] = sum[n][h] * alpha[h] + x[h] + x[h + 2];
+                const float most = fmaxf(m[n][h], max[n][h]);
+                alpha[h] = exp2f(max[n][h] - most);
+                max[n][h] = most;
+                x[n][h] = exp2f(x[n][h] - most);
+                x[n][h + 2] = exp2f(x[n][h + 2] - most);
+                sum[n][h] = sum[n][h] * alpha[h] + x[n][h] + x[n][h + 2];
             }
 #pragma unroll
             for (int k = 0; k < D / 16; k++) {
@@ -186,8 +202,8 @@ template <class T, int D, int N> struct Sums {
                 o[n][k][2] *= alpha[0];
                 o[n][k][3] *= alpha[1];
             }
-            p[n][0] = transpose(pack(x[0], x[1], T{}));
-            p[n][1] = transpose(pack(x[2], x[3], T{}));
+            p[n][0] = transpose(pack(x[n][0], x[n][1], T{}));
+            p[n][1] = transpose(pack(x[n][2], x[n][3], T{}));
         }
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
@@ -246,11 +262,11 @@ template <class T, int D, int N> struct Finish {
         });
     }
 
-    // A worker has two places: for a part that begins where its run begins, and for its last one.
-    __device__ void part(const Cursor &at, const Sums<T, D, N> &sums, int position, bool at_start) const {
+    // A worker keeps two parts: one that begins where its run begins, and its last one.
+    __device__ void part(const Cursor &at, const Sums<T, D, N> &sums, bool at_start) const {
         const int heads = heads_of(at);
-        const int64_t place = 2 * worker + (at_start ? 0 : 1);
-        float *to = args.plan.sum_v + place * HEADS * D;
+        const int64_t mine = 2 * worker + (at_start ? 0 : 1);
+        float *to = args.plan.sum_v + mine * HEADS * D;
         sums.each(lane, false, [&](int head, int d, float value) {
             if (head < heads)
                 to[head * D + d] = value;
@@ -259,54 +275,110 @@ template <class T, int D, int N> struct Finish {
 #pragma unroll
             for (int n = 0; n < N; n++)
                 for (int h = 0; h < 2; h++)
-                    args.plan.max_and_sum[place * HEADS + n * HEADS_OF_MMA + 2 * lane + h] =
+                    args.plan.max_and_sum[mine * HEADS + n * HEADS_OF_MMA + 2 * lane + h] =
                         make_float2(sums.max[n][h], sums.sum[n][h]);
-        const int begin = position - at.tile; // of this unit, in the line of all tiles
-        const int run = args.plan.run[0];
-        const int first = begin / run, last = (begin + at.tiles - 1) / run;
-        int32_t *counter = args.plan.arrived + at.row * args.units + at.unit;
+        const int run = args.plan.run[0], begin = at.begin + UNIT_COST;
+        Parts parts{begin / run, (begin + at.tiles - 1) / run, 1, 0};
+        parts.first_is_second = parts.first * run < at.begin ? 1 : 0;
+        int others = parts.last - parts.first;
+        if (others >= GROUP) {
+            const int lead = parts.first + (worker - parts.first) / GROUP * GROUP;
+            const Parts group{lead, min(lead + GROUP - 1, parts.last), 1, lead == parts.first ? parts.first_is_second : 0};
+            if (!is_last(args.plan.grouped + group.place(lead), group.last - lead))
+                return;
+            merge(at, group, false);
+            parts.step = GROUP;
+            others /= GROUP;
+        }
+        if (is_last(args.plan.arrived + at.row * args.units + at.unit, others))
+            merge(at, parts, true);
+    }
+
+    // Of workers first, first + step, ... up to last: all but the first one's begin where their runs begin.
+    struct Parts {
+        int first, last, step, first_is_second;
+        __device__ int64_t place(int w) const { return 2 * w + (w == first ? first_is_second : 0); }
+    };
+
+    // Whether so many others have come before; what they wrote is then to be seen.
+    __device__ bool is_last(int32_t *counter, int others) const {
         __threadfence();
         __syncwarp();
         int before = 0;
         if (lane == 0)
             before = atomicAdd(counter, 1);
         before = __shfl_sync(ALL, before, 0);
-        if (before != last - first)
-            return;
+        if (before != others)
+            return false;
         __threadfence();
         if (lane == 0)
             *counter = 0;
-        for (int head = 0; head < heads; head++)
-            merge(out_of(at, head), head, first, last, begin == first * run);
+        return true;
     }
 
-    // Parts of workers first .. last. The first one's lies in its second place unless its run begins with the unit.
-    __device__ void merge(T *out, int head, int first, int last, bool from_start) const {
-        const auto place = [&](int w) -> int64_t { return 2 * w + (w == first && !from_start ? 1 : 0); };
-        const auto stats = [&](int w) { return __ldcg(&args.plan.max_and_sum[place(w) * HEADS + head]); };
-        float max = -INFINITY;
-        for (int w = first + lane; w <= last; w += 32)
-            max = fmaxf(max, stats(w).x);
-        max = warp_max(max);
-        float sum = 0.f;
-        for (int w = first + lane; w <= last; w += 32)
-            sum += stats(w).y * exp2f(stats(w).x - max);
-        const float by = 1.f / warp_sum(sum);
-        constexpr int PER_LANE = (D + 31) / 32;
-        float o[PER_LANE] = {};
-#pragma unroll 4
-        for (int w = first; w <= last; w++) {
-            const float weight = exp2f(stats(w).x - max);
-            const float *from = args.plan.sum_v + (place(w) * HEADS + head) * D;
-#pragma unroll
-            for (int i = 0; i < PER_LANE; i++)
-                if (D % 32 == 0 || i * 32 + lane < D)
-                    o[i] += weight * __ldcg(from + i * 32 + lane);
+    // Into the result, or into the first of the parts. All heads at once, so that many loads are under way.
+    __device__ void merge(const Cursor &at, const Parts &parts, bool whole) const {
+        constexpr int AT_ONCE = 4; // times 4 elements of a lane
+        const int heads = heads_of(at), elements = heads * D;
+        const auto stats = [&](int w, int head) { return __ldcg(&args.plan.max_and_sum[parts.place(w) * HEADS + head]); };
+        float my_max = -INFINITY, sum = 0.f; // of head lane % HEADS
+#pragma unroll 2
+        for (int w = parts.first + lane / HEADS * parts.step; w <= parts.last; w += 32 / HEADS * parts.step) {
+            const float2 of = stats(w, lane % HEADS);
+            const float m = fmaxf(my_max, of.x);
+            sum = sum * exp2f(my_max - m) + of.y * exp2f(of.x - m);
+            my_max = m;
         }
+        float max = my_max;
+        for (int step = HEADS; step < 32; step *= 2)
+            max = fmaxf(max, __shfl_xor_sync(ALL, max, step));
+        sum *= exp2f(my_max - max);
+        for (int step = HEADS; step < 32; step *= 2)
+            sum += __shfl_xor_sync(ALL, sum, step);
+
+        for (int base = lane * 4; base - lane * 4 < elements; base += AT_ONCE * 128) {
+            float4 o[AT_ONCE];
+            float max_of[AT_ONCE], by[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < PER_LANE; i++)
-            if (D % 32 == 0 || i * 32 + lane < D)
-                out[i * 32 + lane] = from_float<T>(o[i] * by);
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int head = min(base + i * 128, elements - 1) / D;
+                o[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+                max_of[i] = __shfl_sync(ALL, max, head);
+                by[i] = 1.f / __shfl_sync(ALL, sum, head);
+            }
+#pragma unroll 2
+            for (int w = parts.first; w <= parts.last; w += parts.step) {
+                const float4 *from = reinterpret_cast<const float4 *>(args.plan.sum_v + parts.place(w) * HEADS * D);
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++) {
+                    const int element = min(base + i * 128, elements - 4);
+                    const float weight = exp2f(stats(w, element / D).x - max_of[i]);
+                    const float4 v = __ldcg(from + element / 4);
+                    o[i].x += weight * v.x;
+                    o[i].y += weight * v.y;
+                    o[i].z += weight * v.z;
+                    o[i].w += weight * v.w;
+                }
+            }
+            float *const raw = args.plan.sum_v + parts.place(parts.first) * HEADS * D;
+            __syncwarp(); // lanes behind the end have read the last word
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int element = base + i * 128;
+                if (element >= elements)
+                    break;
+                if (!whole) {
+                    *reinterpret_cast<float4 *>(raw + element) = o[i];
+                    continue;
+                }
+                uint32_t *const out = reinterpret_cast<uint32_t *>(out_of(at, element / D) + element % D);
+                out[0] = pack(o[i].x * by[i], o[i].y * by[i], T{});
+                out[1] = pack(o[i].z * by[i], o[i].w * by[i], T{});
+            }
+        }
+        __syncwarp(); // all have read the maxima
+        if (!whole && lane < HEADS)
+            args.plan.max_and_sum[parts.place(parts.first) * HEADS + lane] = make_float2(max, sum);
     }
 };
 
@@ -325,21 +397,25 @@ __global__ void __launch_bounds__(WARPS_OF_CTA * 32) attend(const __grid_constan
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int worker = blockIdx.x * WARPS_OF_CTA + warp;
     clear_empty<T, D>(args, worker, lane);
-    const Start start = args.plan.starts[worker];
-    if (start.count <= 0)
+    const int run = args.plan.run[0], total = args.plan.run[1];
+    const int64_t run_begin = int64_t{worker} * run;
+    if (run_begin >= total)
         return;
+    const int run_end = static_cast<int>(min(run_begin + run, int64_t{total}));
+    Cursor at = begin(args, args.plan.starts[worker], static_cast<int>(run_begin));
     constexpr int BYTES = TILE_BYTES<D>;
     const int stages = args.stages;
     const uint32_t ring = shared_address(shared) + warp * stages * BYTES;
     const uint32_t ring_end = ring + stages * BYTES;
 
-    Loader<T, D> loader(args, start, lane);
-    int to_load = start.count;
+    Loader<T, D> loader(args, at, lane);
+    bool more = true;
     uint32_t load_at = ring;
     const auto load = [&] {
-        if (to_load > 0) {
+        if (more) {
             loader.load(load_at);
-            if (--to_load > 0)
+            more = loader.at.next_place() < run_end;
+            if (more)
                 loader.next();
         }
         end_group(); // empty ones too: groups are counted
@@ -350,15 +426,12 @@ __global__ void __launch_bounds__(WARPS_OF_CTA * 32) attend(const __grid_constan
     for (int i = 1; i < stages; i++)
         load();
 
-    const int position = worker * args.plan.run[0]; // of the run, in the line of all tiles
     const Finish<T, D, N> finish{args, worker, lane};
     Sums<T, D, N> sums;
-    Cursor at = begin(args, start);
-    int part_begin = 0; // of this unit, in the run
-    bool whole = at.tile == 0;
+    bool whole = at.tile == 0, at_start = true; // of what is taken of this unit
     uint32_t take_at = ring;
     sums.begin(args, at, lane);
-    for (int i = 0; i < start.count; i++) {
+    for (;;) {
         load();
         await_groups(stages - 1);
         __syncwarp();
@@ -367,17 +440,16 @@ __global__ void __launch_bounds__(WARPS_OF_CTA * 32) attend(const __grid_constan
         take_at += BYTES;
         if (take_at == ring_end)
             take_at = ring;
-        const bool last = at.tile + 1 == at.tiles;
-        const bool over = i + 1 == start.count;
+        const bool last = at.tile + 1 == at.tiles, over = at.next_place() >= run_end;
         if (last || over) {
             sums.end();
             if (whole && last)
                 finish.whole(at, sums);
             else
-                finish.part(at, sums, position + i, part_begin == 0);
+                finish.part(at, sums, at_start);
             if (over)
                 break;
-            part_begin = i + 1;
+            at_start = false;
             whole = true;
         }
         advance(args, at);

@@ -11,36 +11,52 @@ namespace {
 using namespace neo;
 
 constexpr int THREADS = 256;
-constexpr int AHEAD = 4;                  // loads of 16 bytes that a thread has under way
-constexpr int BYTES_OF_CTA = 32 * 1024;   // below that, another block of threads gains less than it costs
+constexpr int AHEAD = 8;                  // loads of 16 bytes that a thread has under way
 constexpr int MAX_CTAS = 16;
-constexpr unsigned POLL_NS = 100;
+// Below that, another block of threads gains less than it costs. Blocks that post wait for each other.
+constexpr int BYTES_OF_POST = THREADS * AHEAD * 16, BYTES_OF_AWAIT = BYTES_OF_POST / 2;
+constexpr unsigned POLL_NS = 20;
 
-// Of a channel, in device memory.
-struct State {
+// Of a channel, in device memory: one load. What a kernel reads at its beginning it asks for before it waits for any of it.
+struct alignas(16) State {
     uint32_t arrived; // blocks of the post that runs
     uint32_t number;  // posts so far
     uint32_t failed;
     uint32_t unused;
 };
 
+__device__ State state_of(const State *state) {
+    const uint4 words = __ldcg(reinterpret_cast<const uint4 *>(state));
+    return State{words.x, words.y, words.z, words.w};
+}
+
 __device__ int rows_of(const int32_t *rows_at, int rows) {
     return rows_at == nullptr ? rows : max(0, min(rows, *static_cast<const volatile int32_t *>(rows_at)));
 }
 
-// Words of 16 bytes, by all threads of the grid: word i comes from from(i) and goes to to(i).
-template <class From, class To> __device__ void copy_words(int64_t words, From from, To to) {
-    const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x; first < words; first += step * AHEAD) {
-        uint4 kept[AHEAD];
+// Word `column` of 16 bytes of a row.
+struct Place {
+    int row, column;
+};
+
+// All words of so many rows, by all threads of the grid: each comes from from(place) and goes to to(place).
+template <class From, class To> __device__ void copy_words(int rows, int row_words, From from, To to) {
+    const unsigned words = static_cast<unsigned>(rows) * static_cast<unsigned>(row_words); // fewer than 2^31: check_rows
+    const unsigned step = gridDim.x * THREADS;
+    for (unsigned first = blockIdx.x * THREADS + threadIdx.x; first < words; first += step * AHEAD) {
+        uint4 kept[AHEAD] = {};
+        Place places[AHEAD];
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            if (first + i * step < words)
-                kept[i] = __ldcv(from(first + i * step));
+        for (unsigned i = 0; i < AHEAD; i++) {
+            const unsigned word = first + i * step, row = word / static_cast<unsigned>(row_words);
+            places[i] = Place{static_cast<int>(row), static_cast<int>(word - row * static_cast<unsigned>(row_words))};
+            if (word < words)
+                kept[i] = __ldcv(from(places[i]));
+        }
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++)
+        for (unsigned i = 0; i < AHEAD; i++)
             if (first + i * step < words)
-                *to(first + i * step) = kept[i];
+                __stcs(to(places[i]), kept[i]);
     }
 }
 
@@ -55,32 +71,31 @@ struct Post {
 };
 
 __global__ void __launch_bounds__(THREADS) post_rows(const __grid_constant__ Post args) {
-    if (static_cast<volatile State *>(args.state)->failed != 0)
+    const State state = state_of(args.state);
+    const int rows = rows_of(args.rows_at, args.rows);
+    if (state.failed != 0)
         return;
-    const int row_words = args.q_words + 2 * args.kv_words;
-    const int64_t words = static_cast<int64_t>(rows_of(args.rows_at, args.rows)) * row_words;
+    const int q_end = args.q_words, k_end = q_end + args.kv_words;
     copy_words(
-        words,
-        [&](int64_t i) {
-            const int64_t row = i / row_words;
-            const int word = static_cast<int>(i % row_words);
-            const char *from = word < args.q_words ? args.q + row * args.q_stride + int64_t{word} * 16
-                               : word < args.q_words + args.kv_words
-                                   ? args.k + row * args.k_stride + int64_t{word - args.q_words} * 16
-                                   : args.v + row * args.v_stride + int64_t{word - args.q_words - args.kv_words} * 16;
+        rows, k_end + args.kv_words,
+        [&](Place at) {
+            const char *from = at.column < q_end   ? args.q + at.row * args.q_stride + at.column * 16
+                               : at.column < k_end ? args.k + at.row * args.k_stride + (at.column - q_end) * 16
+                                                   : args.v + at.row * args.v_stride + (at.column - k_end) * 16;
             return reinterpret_cast<const uint4 *>(from);
         },
-        [&](int64_t i) {
-            return reinterpret_cast<uint4 *>(args.packed + i / row_words * args.packed_stride + i % row_words * 16);
-        });
-    __threadfence_system(); // every thread its own rows
-    __syncthreads();
-    if (threadIdx.x != 0 || atomicAdd(&args.state->arrived, 1u) + 1 != gridDim.x)
+        [&](Place at) { return reinterpret_cast<uint4 *>(args.packed + at.row * args.packed_stride + at.column * 16); });
+    __syncthreads(); // orders the rows of all threads before what this one writes
+    if (threadIdx.x != 0)
         return;
-    args.state->arrived = 0; // the next post of the channel comes behind this kernel
-    const uint32_t number = ++args.state->number;
-    __threadfence_system();
-    store_release(args.request, number);
+    if (gridDim.x > 1) {
+        __threadfence_system();
+        if (atomicAdd(&args.state->arrived, 1u) + 1 != gridDim.x)
+            return;
+        args.state->arrived = 0; // the next post of the channel comes behind this kernel
+    }
+    args.state->number = state.number + 1;
+    store_release(args.request, state.number + 1);
 }
 
 struct Await {
@@ -97,39 +112,37 @@ struct Await {
 
 // Whether the answer to the last post is there.
 __device__ bool answered(const Await &args) {
-    volatile State *state = args.state;
-    const uint32_t number = state->number;
+    const State state = state_of(args.state);
+    uint32_t answer = load_acquire(args.answer);
     const uint64_t began = now_ns();
-    while (state->failed == 0) {
-        if (static_cast<int32_t>(load_acquire(args.answer) - number) >= 0)
-            return true;
+    if (state.failed != 0)
+        return false;
+    while (static_cast<int32_t>(answer - state.number) < 0) {
         if (now_ns() - began > args.timeout_ns) {
-            state->failed = 1;
-            store_release(args.error, number != 0 ? number : 1u);
+            args.state->failed = 1;
+            store_release(args.error, state.number != 0 ? state.number : 1u);
             return false;
         }
         __nanosleep(POLL_NS);
+        answer = load_acquire(args.answer);
     }
-    return false;
+    return true;
 }
 
 __global__ void __launch_bounds__(THREADS) await_rows(const __grid_constant__ Await args) {
     __shared__ bool there;
+    const int rows = rows_of(args.rows_at, args.rows);
     if (threadIdx.x == 0)
         there = answered(args);
     __syncthreads();
     if (!there)
         return;
-    const int64_t words = static_cast<int64_t>(rows_of(args.rows_at, args.rows)) * args.row_words;
     copy_words(
-        words,
-        [&](int64_t i) {
-            return reinterpret_cast<const uint4 *>(args.packed + i / args.row_words * args.packed_stride +
-                                                   i % args.row_words * 16);
+        rows, args.row_words,
+        [&](Place at) {
+            return reinterpret_cast<const uint4 *>(args.packed + at.row * args.packed_stride + at.column * 16);
         },
-        [&](int64_t i) {
-            return reinterpret_cast<uint4 *>(args.out + i / args.row_words * args.out_stride + i % args.row_words * 16);
-        });
+        [&](Place at) { return reinterpret_cast<uint4 *>(args.out + at.row * args.out_stride + at.column * 16); });
 }
 
 neo_cuda_status check(const neo_cuda_channel *channel) noexcept {
@@ -143,8 +156,10 @@ neo_cuda_status check(const neo_cuda_channel *channel) noexcept {
     return NEO_CUDA_OK;
 }
 
-neo_cuda_status check_rows(int32_t rows, int32_t ctas) noexcept {
+neo_cuda_status check_rows(int32_t rows, int64_t row_bytes, int32_t ctas) noexcept {
     NEO_NEED(rows >= 0, "rows is %d, must not be negative", rows);
+    NEO_NEED(rows * (row_bytes / 16) <= INT32_MAX, "rows is %d of %lld bytes each: too many", rows,
+             static_cast<long long>(row_bytes));
     NEO_NEED(ctas >= 0 && ctas <= MAX_CTAS, "ctas is %d, must be 0 to %d", ctas, MAX_CTAS);
     return NEO_CUDA_OK;
 }
@@ -156,22 +171,24 @@ neo_cuda_status check_bytes(const char *name, int64_t bytes, int64_t least) noex
     return NEO_CUDA_OK;
 }
 
-unsigned ctas_for(int32_t asked, int64_t bytes) noexcept {
-    return asked > 0 ? asked : static_cast<unsigned>(std::clamp<int64_t>(bytes / BYTES_OF_CTA, 1, MAX_CTAS));
+int64_t bytes_of_row(const neo_cuda_post &args) noexcept { return args.q_bytes + int64_t{2} * args.kv_bytes; }
+
+unsigned ctas_for(int32_t asked, int64_t bytes, int64_t of_cta) noexcept {
+    return asked > 0 ? asked : static_cast<unsigned>(std::clamp<int64_t>(bytes / of_cta, 1, MAX_CTAS));
 }
 
 neo_cuda_status check(const neo_cuda_post *args) noexcept {
     NEO_NEED_SIZE(args, "args");
     NEO_TRY(check(args->channel));
-    NEO_TRY(check_rows(args->rows, args->ctas));
     NEO_TRY(check_bytes("q_bytes", args->q_bytes, 16));
     NEO_TRY(check_bytes("kv_bytes", args->kv_bytes, 16));
+    NEO_TRY(check_rows(args->rows, bytes_of_row(*args), args->ctas));
     if (args->rows == 0)
         return NEO_CUDA_OK;
     const int64_t strides[] = {args->q_stride, args->k_stride, args->v_stride};
     for (const int64_t stride : strides)
         NEO_TRY(check_bytes("a stride of q, k or v", stride, 0));
-    NEO_TRY(check_bytes("packed_stride", args->packed_stride, args->q_bytes + int64_t{2} * args->kv_bytes));
+    NEO_TRY(check_bytes("packed_stride", args->packed_stride, bytes_of_row(*args)));
     NEO_NEED(args->q != nullptr && args->k != nullptr && args->v != nullptr && args->packed != nullptr,
              "q, k, v and packed must not be NULL");
     NEO_NEED(aligned(args->q, 16) && aligned(args->k, 16) && aligned(args->v, 16) && aligned(args->packed, 16),
@@ -182,9 +199,9 @@ neo_cuda_status check(const neo_cuda_post *args) noexcept {
 neo_cuda_status check(const neo_cuda_await *args) noexcept {
     NEO_NEED_SIZE(args, "args");
     NEO_TRY(check(args->channel));
-    NEO_TRY(check_rows(args->rows, args->ctas));
     NEO_NEED(args->timeout_us > 0, "timeout_us is %lld, must be positive", static_cast<long long>(args->timeout_us));
     NEO_TRY(check_bytes("row_bytes", args->row_bytes, 16));
+    NEO_TRY(check_rows(args->rows, args->row_bytes, args->ctas));
     if (args->rows == 0)
         return NEO_CUDA_OK;
     NEO_TRY(check_bytes("packed_stride", args->packed_stride, args->row_bytes));
@@ -204,7 +221,7 @@ extern "C" neo_cuda_status neo_cuda_post_rows(const neo_cuda_post *args, void *s
                       bytes(args->q), bytes(args->k), bytes(args->v), static_cast<char *>(args->packed),
                       args->q_stride, args->k_stride, args->v_stride, args->packed_stride,
                       args->rows_at, args->rows, args->q_bytes / 16, args->kv_bytes / 16};
-    const unsigned ctas = ctas_for(args->ctas, args->rows * (args->q_bytes + int64_t{2} * args->kv_bytes));
+    const unsigned ctas = ctas_for(args->ctas, args->rows * bytes_of_row(*args), BYTES_OF_POST);
     launch_kernel(post_rows, ctas, THREADS, 0, static_cast<cudaStream_t>(stream), kernel);
     return launched("posting rows");
 }
@@ -217,7 +234,7 @@ extern "C" neo_cuda_status neo_cuda_await_rows(const neo_cuda_await *args, void 
                        static_cast<const char *>(args->packed), static_cast<char *>(args->out), args->packed_stride,
                        args->out_stride, args->rows_at, args->rows, args->row_bytes / 16,
                        static_cast<uint64_t>(args->timeout_us) * 1000};
-    const unsigned ctas = ctas_for(args->ctas, int64_t{args->rows} * args->row_bytes);
+    const unsigned ctas = ctas_for(args->ctas, int64_t{args->rows} * args->row_bytes, BYTES_OF_AWAIT);
     launch_kernel(await_rows, ctas, THREADS, 0, static_cast<cudaStream_t>(stream), kernel);
     return launched("awaiting rows");
 }

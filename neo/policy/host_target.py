@@ -4,15 +4,15 @@ More requests in work raise throughput, and each of them takes longer. With S re
 them in work, X ending and A arriving per second, the mean time that they still need grows with
 (S + W) / (X - A): a queue served in order drains in S / (X - A), and a request is in work for W / X (Little's
 law). Without the host, W is what GPU memory holds and X its rate. Every request on the host adds to W, and to
-X as long as the CPU is hidden. Sought is the number on the host with the least (S + W) / (X - A), or, where
-more arrive than any X, the one with the highest X. It is 0 for short queues, where prompts and not memory
-bound the rate, where a second pass over the weights costs more than it brings, and where the CPU is too weak.
+X as long as the CPU is hidden. Sought is the number on the host with the least (S + W) / (X - A). It is 0 for
+short queues, where prompts and not memory bound the rate, where a second pass over the weights costs more
+than it brings, and where the CPU is too weak. Where more arrive than X, the queue only grows; since nobody
+knows for how long, A is taken to be at most a share of the rate without the host.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -24,6 +24,11 @@ from neo.policy.estimate import StageTimes
 _SAMPLE = 64  # waiting requests whose prompts are looked at
 _GRAIN = 8  # lengths are rounded to this many steps per doubling (9%), so that rates can be kept
 _EXPECTED = 0.5  # load that is assumed before arrivals are seen, of the rate without the host
+_LASTING = 0.8  # arrivals that are believed to last, of that rate; an overload is taken to pass
+_BELIEVED = 0.95  # of a rate with the host, an estimate of what CPU and GPU do side by side
+_SPREAD = (
+    1.5  # requests on the host for one that runs in a step: lengths differ, and some are being prefilled
+)
 _PAUSE = 3.0  # mean gaps without an arrival after which a rate is no longer believed (chance: e^-3 = 5%)
 
 
@@ -55,7 +60,7 @@ class Outlook(NamedTuple):
         rates: (requests on the host, requests/s that end), from (0, rate without the host) upwards.
         everyone: requests in the system.
         resident: of them, those that the GPU holds.
-        arriving: requests/s.
+        arriving: requests/s, fewer than the rate without the host.
     """
 
     rates: tuple[tuple[int, float], ...]
@@ -65,9 +70,6 @@ class Outlook(NamedTuple):
 
     def on_host(self) -> int:
         """The number of requests on the host with the least mean time in the system."""
-        fastest, highest = max(self.rates, key=lambda point: point[1])
-        if highest <= self.arriving:
-            return fastest
         best, least = 0, math.inf
         for count, rate in self.rates:
             if count >= self.everyone:
@@ -76,15 +78,14 @@ class Outlook(NamedTuple):
                 time = (self.everyone + self.resident + count) / (rate - self.arriving)
                 if time < least:
                     best, least = count, time
-        return best
+        return int(best * _SPREAD)
 
     def crowding(self, extra: int, in_work: int) -> float:
         """By which factor ``extra`` more requests in a step must raise its rate to shorten the mean time.
 
-        From (S + W) / (X - A) <= (S + W') / (X' - A), to first order. 1 where all that the GPU can do alone
-        is wanted by those who arrive.
+        From (S + W') / (X' - A) <= (S + W) / (X - A).
         """
-        spare = max(0.0, 1.0 - self.arriving / self.rates[0][1])
+        spare = 1.0 - self.arriving / self.rates[0][1]
         return 1.0 + spare * extra / (self.everyone + in_work)
 
 
@@ -107,10 +108,12 @@ class HostTarget:
             return None
         rates = self._known.get(load)
         if rates is None:
-            rates = self._known[load] = tuple((n, self.rate(load, n)) for n in _counts(load))
+            rates = tuple((n, self.rate(load, n) * (_BELIEVED if n else 1.0)) for n in _counts(load))
+            self._known[load] = rates
         everyone = len(view.requests)
         usual = rates[0][1]
         arriving = arrival_rate(view, _EXPECTED * usual, load.resident / usual)
+        arriving = min(arriving, _LASTING * usual)
         return Outlook(rates, everyone, min(load.resident, everyone), arriving)
 
     def rate(self, load: Load, hosted: int) -> float:
@@ -210,7 +213,7 @@ def arrival_rate(view: SystemView, expected: float, over_s: float) -> float:
     if waiting < 2:
         return 0.0
     first = next(iter(view.waiting)).arrival_s
-    (last,) = deque(view.waiting, maxlen=1)
+    last = next(reversed(view.waiting))  # type: ignore[call-overload]  # of lists and dicts' values alike
     rate = (waiting - 1 + expected * over_s) / (max(0.0, last.arrival_s - first) + over_s)
     silence = view.now - last.arrival_s
     return min(rate, _PAUSE / silence) if silence > 0.0 else rate

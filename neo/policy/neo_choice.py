@@ -61,7 +61,7 @@ def _decode_worth(draft: Draft) -> float:
 
 def _crowding(draft: Draft) -> float:
     """By which factor CPU decodes must raise a step's worth per second."""
-    outlook = None if draft.options.eager else draft.outlook()
+    outlook = None if draft.options.eager else draft.outlook
     if outlook is None:
         return 1.0
     extra = len(draft.cpu_decodes[0]) + len(draft.cpu_decodes[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -155,7 +156,9 @@ class Draft:
     def _admit(self, budget: int, slots: int) -> None:
         view = self.view
         room: int | None = None  # how many more may go to the CPU; asked for when the first would
-        to_cpu = self.forced  # a starving request is to get the GPU's next room
+        # The GPU's next room is for a starving request, or, unless eager, for whoever is on the CPU already:
+        # those who come after may not overtake.
+        to_cpu = self.forced or bool(self.cpu_candidates and not self.options.eager)
         watermark = int(self.gpu.total * self.options.watermark)
         cpu_watermark = int(self.cpu.total * self.options.watermark)
         for r in view.waiting:
@@ -196,10 +199,11 @@ class Draft:
         view = self.view
         if self.options.eager:
             return len(view.waiting)
-        outlook = self.outlook()
+        outlook = self.outlook
         there = len(self.cpu_candidates) + sum([r.tier is Tier.CPU for r in view.prefilling])
         return outlook.on_host() - there if outlook is not None else 0
 
+    @cached_property
     def outlook(self) -> Outlook | None:
         """What to expect of the system as it is."""
         budget = self.view.limits.max_batch_tokens

@@ -24,7 +24,6 @@ from neo.core.bubbles import (
 from neo.core.graph import Resource
 from neo.core.record import Slice
 from neo.report import style
-from neo.report.tables import format_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,7 +38,7 @@ NAMES = {
     LINK: "other ranks",
     OTHER: "launch, other",
 }
-RESOURCE_NAMES = {"gpu": "GPU", "cpu": "CPU", "h2d": "host to GPU", "d2h": "GPU to host"}
+RESOURCE_NAMES = {"gpu": "GPU", "cpu": "CPU", "h2d": "H2D", "d2h": "D2H"}
 COLORS = {
     BUSY: style.BLUE,
     NO_WORK: "#E5E7EB",
@@ -67,15 +66,14 @@ def bubble_table(summaries: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
     title = "Where the time went (% of the run): busy, or idle for"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("run", no_wrap=True)
-    table.add_column("resource", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for cause in causes:
-        table.add_column(NAMES[cause], justify="right")
-    table.add_column("duration", justify="right", no_wrap=True)
+        table.add_column(NAMES[cause], justify="right", min_width=max(map(len, NAMES[cause].split())))
     for name, summary in summaries.items():
         for i, (resource, seconds) in enumerate(summary.items()):
             total = sum(seconds.values())
             shares = [f"{100 * seconds.get(c, 0.0) / total:.1f}" if total else "" for c in causes]
-            shown = [RESOURCE_NAMES.get(resource, resource), *shares, "" if i else format_seconds(total)]
+            shown = [RESOURCE_NAMES.get(resource, resource), *shares]
             table.add_row("" if i else escape(name), *shown, end_section=i == len(summary) - 1)
     return table
 

@@ -28,6 +28,8 @@ from neo.runtime.program import Issued, fault, program, wait_for
 from neo.runtime.rope import Rope
 from neo.runtime.step_inputs import Append, BatchInputs, ChunkRows, StepInputs
 
+_COPY_SPIN_US = 50
+
 
 @dataclass(frozen=True, slots=True)
 class CpuExecutorOptions:
@@ -36,7 +38,7 @@ class CpuExecutorOptions:
     Attributes:
         cpu_threads: of CPU attention.
         cpu_cores: where they run, one core each; None leaves it to the system.
-        spin_us: how long idle workers spin before they sleep.
+        spin_us: how long idle workers spin before they sleep; those that copy at most 50.
     """
 
     cpu_threads: int = 1
@@ -190,7 +192,9 @@ class CpuExecutor:
             o = self.options
             threads = o.cpu_threads if resource is Resource.CPU else 1
             cores = o.cpu_cores if resource is Resource.CPU else None
-            worker = self.backend.worker(str(resource), threads, cores, o.spin_us)
+            # Copies are few: who waits for them all the time takes a core from those who compute.
+            spin_us = o.spin_us if resource is Resource.CPU else min(o.spin_us, _COPY_SPIN_US)
+            worker = self.backend.worker(str(resource), threads, cores, spin_us)
             self._workers[resource] = worker
         return worker
 

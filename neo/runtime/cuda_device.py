@@ -123,7 +123,13 @@ class CudaDevice:
                 )
 
     def executor(
-        self, model: Model, tables: BlockTables, staging: tuple[int, int], limits: Limits, slices_of: int
+        self,
+        model: Model,
+        tables: BlockTables,
+        staging: tuple[int, int],
+        limits: Limits,
+        slices_of: int,
+        timed: bool,
     ) -> Executor:
         """See ``neo.runtime.device.Device.executor``."""
         from neo.runtime.cuda_executor import CudaExecutor, CudaExecutorOptions
@@ -131,7 +137,7 @@ class CudaDevice:
         options = CudaExecutorOptions(
             limits.max_batch_tokens, limits.max_seqs, self.cpu_threads, self.cpu_cores, self.graphs
         )
-        return CudaExecutor(model, tables, options, staging, slices_of)
+        return CudaExecutor(model, tables, options, staging, slices_of, timed)
 
 
 def _best(run: Callable[[], object]) -> float:

@@ -10,18 +10,18 @@ right ahead of the POST that needs it. Steps that only decode, and move nothing,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from neo.core.graph import RESOURCE_OF, OpKind, Resource, StepGraph, Template
 from neo.core.plan import StepPlan
-from neo.core.record import Slice
 from neo.runtime import cuda_kernels as kernels
 from neo.runtime import cuda_library
 from neo.runtime.block_tables import BlockTables, Copies
@@ -29,8 +29,10 @@ from neo.runtime.cuda_attention import Prefill
 from neo.runtime.cuda_graphs import Graphs, padded, valid_rows
 from neo.runtime.cuda_host import HandOver, HostAttention
 from neo.runtime.cuda_memory import TableMirror, device_memory, pinned_memory
+from neo.runtime.cuda_program import COPIES, ORDERED, Step, program, work_of
 from neo.runtime.cuda_rows import Layout, Rows
 from neo.runtime.cuda_step import LayerCopies, Special, Way, special_rows, to_device
+from neo.runtime.cuda_timeline import Timeline, host_slices
 from neo.runtime.errors import EngineError
 from neo.runtime.executor import FAULTS, Sample, StepTimes
 from neo.runtime.kv_memory import KVMemory
@@ -39,9 +41,6 @@ from neo.runtime.step_inputs import BatchInputs, DecodeRows, StepInputs
 
 _WAY = {(OpKind.SWAP_OUT, -1): Way.OUT, (OpKind.SWAP_OUT, 0): Way.SPILL}
 _WAY |= {(OpKind.SWAP_IN, -1): Way.IN, (OpKind.STREAM, 0): Way.STREAM}
-_COPIES = frozenset({OpKind.SWAP_OUT, OpKind.SWAP_IN, OpKind.STREAM})
-_ORDERED = _COPIES | {OpKind.PRE, OpKind.GPU_ATTN}  # what an operation of another stream may wait for
-_SKIPPED = frozenset({OpKind.SCHEDULE, OpKind.CPU_ATTN, OpKind.ALLREDUCE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,44 +61,6 @@ class CudaExecutorOptions:
     graphs: bool = True
 
 
-class _Step(NamedTuple):
-    kind: OpKind
-    batch: int
-    offset: int | None
-    work: int
-    waits: tuple[tuple[OpKind, int, int], ...]  # of other streams: (kind, sub-batch, lag)
-
-
-class _Timed(NamedTuple):
-    work: int
-    resource: Resource
-    kind: OpKind
-    layer: int | None
-    batch: int
-    start: torch.cuda.Event
-    end: torch.cuda.Event
-
-
-@lru_cache(maxsize=4096)
-def _program(template: Template) -> tuple[bool, tuple[tuple[int, int, tuple[_Step, ...]], ...]]:
-    """Whether anything is copied, and sections as (repeat, first layer, operations)."""
-    sections = []
-    for section in template.sections:
-        steps = []
-        for op in section.ops:
-            if op.kind in _SKIPPED:
-                continue
-            copy = op.kind in _COPIES
-            waits = [
-                (d.kind, d.batch, d.lag)
-                for d in op.deps
-                if d.kind in _ORDERED and (copy or d.kind in _COPIES)
-            ]
-            steps.append(_Step(op.kind, op.batch, op.layer_offset, op.work, tuple(waits)))
-        sections.append((section.repeat, section.first_layer, tuple(steps)))
-    return any(k in _COPIES for k in template.kinds), tuple(sections)
-
-
 class CudaExecutor:
     """See the module's description.
 
@@ -108,6 +69,7 @@ class CudaExecutor:
         tables: of both tiers.
         staging: (buffers, layer-blocks of each) that streamed KV passes through, as accounted.
         slices_of: how many first steps leave slices; they are not replayed as graphs.
+        timed: measure every operation of every step, at the price of longer steps.
 
     Raises:
         InputError: KV memory of this size cannot be had; the message has the numbers.
@@ -120,10 +82,11 @@ class CudaExecutor:
         options: CudaExecutorOptions,
         staging: tuple[int, int] = (0, 0),
         slices_of: int = 0,
+        timed: bool = False,
     ) -> None:
         self.model, self.tables, self.options = model, tables, options
         self.slices_of = slices_of
-        self.timed = False
+        self.timed = timed
         config, device = model.config, model.device
         shape = (config.kv_heads, config.head_dim, tables.block_size, model.dtype)
         first = tables.gpu.total  # staging blocks stand behind those that the tables give out
@@ -154,14 +117,13 @@ class CudaExecutor:
         self._ran = 0
         self._capturing = False
         self._special: Special | None = None
-        self._timed: list[_Timed] | None = None
+        self._timeline: Timeline | None = None
         self._about = self._describe()
         self._handlers: dict[OpKind, Callable[[int, int], None]] = {
             OpKind.EMBED: self._embed,
             OpKind.PRE: self.pre,
             OpKind.GPU_ATTN: self._gpu_attention,
             OpKind.SEND: self.send,
-            OpKind.RECV: self._receive,
             OpKind.POST: self.post,
             OpKind.HEAD: self._head,
         }
@@ -171,9 +133,12 @@ class CudaExecutor:
         return {
             "executor": "cuda",
             "device": torch.cuda.get_device_name(self.model.device),
-            "capability": info.capability,
-            "driver": info.driver,
-            "kernels": cuda_library.load().neo_cuda_version().decode(),
+            "driver": f"CUDA {info.driver // 1000}.{info.driver % 1000 // 10}",
+            "backend": {
+                "kind": "cuda",
+                "target": f"sm_{info.capability}",
+                "version": cuda_library.load().neo_cuda_version().decode(),
+            },
             "torch": torch.__version__,
             "cpu_threads": self.options.cpu_threads,
             "graphs": self.options.graphs,
@@ -222,7 +187,7 @@ class CudaExecutor:
         self._ran += 1
         if self._host is not None and any(len(b.cpu) for b in inputs.batches):
             for batch, seconds in zip(_with_cpu(inputs), self._host.seconds(), strict=True):
-                times.seconds[_work_of(graph, OpKind.CPU_ATTN, batch)] = seconds
+                times.seconds[work_of(graph.template, OpKind.CPU_ATTN, batch)] = seconds
         return times
 
     def table(self, layer: int) -> tuple[int, int]:
@@ -253,7 +218,7 @@ class CudaExecutor:
         """Run a step of decodes alone as a CUDA graph, captured the first time."""
         layouts = padded(inputs.batches, [r.capacity for r in self._rows[: len(inputs.batches)]])
         self._fill(inputs, layouts)
-        self._special, self._timed, self._layouts = None, None, layouts
+        self._special, self._timeline, self._layouts = None, None, layouts
         self._prefill.begin(inputs.batches[0], None)
         self._submit(inputs, layouts, counted=True)
         key = (graph.template, *((at.gpu_rows, at.cpu_rows) for at in layouts))
@@ -283,31 +248,40 @@ class CudaExecutor:
         timed: bool,
     ) -> StepTimes:
         """Launch every operation in program order, then wait for the last."""
-        self._prepare(plan, inputs, copies, _program(graph.template)[0])
-        self._timed = [] if timed else None
-        base = _event()
-        if timed:
-            self._main.synchronize()
-            base.record(self._main)
-            zero = time.perf_counter()
+        self._timeline = Timeline(self._main, self.timed) if timed else None
+        self._prepare(plan, inputs, copies, program(graph.template)[0])
         self._launch(graph.template)
         self._main.synchronize()
         for stream in self._streams.values():
             stream.synchronize()
         self._settle()
         times = StepTimes(begin, time.perf_counter(), [0.0] * len(graph.works), measured=timed)
-        for t in self._timed or ():
-            start = zero + base.elapsed_time(t.start) * 1e-3
-            end = zero + base.elapsed_time(t.end) * 1e-3
-            times.seconds[t.work] += end - start
+        if self._timeline is not None:
+            answers = dict(zip(_with_cpu(inputs), self._answers(), strict=False))
+            for work, found in self._timeline.slices(self._ran, answers):
+                times.seconds[work] += found.end_s - found.start_s
+                if self._ran < self.slices_of:
+                    times.slices.append(found)
             if self._ran < self.slices_of:
-                times.slices.append(Slice(self._ran, t.resource, t.kind, t.layer, t.batch, start, end))
+                for batch, seconds in answers.items():
+                    times.slices += host_slices(self._ran, batch, seconds)
         return times
+
+    def _answers(self) -> Iterator[npt.NDArray[np.int64]]:
+        """By sub-batch with CPU decodes: when their attention began and ended in each layer."""
+        if self._host is not None and self._parts:
+            for i in range(len(self._parts)):
+                yield self._host.times[:, i]
+
+    def _measure(self, step: Step, layer: int, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
+        if self._timeline is None:
+            return nullcontext()
+        return self._timeline.measure(step, None if step.offset is None else layer, stream)
 
     def _launch(self, template: Template) -> None:
         """Every operation, in program order."""
-        copied, sections = _program(template)
-        self._waiting: set[int] = set()  # sub-batches whose CPU attention is awaited before POST
+        copied, sections = program(template)
+        self._waiting: dict[int, tuple[Step, int]] = {}  # RECVs that are launched ahead of their POST
         self._latest: dict[tuple[OpKind, int], list[torch.cuda.Event]] = {}
         for repeat, first_layer, steps in sections:
             for layer_of_section in range(first_layer, first_layer + repeat):
@@ -370,9 +344,9 @@ class CudaExecutor:
             )
             self._streamed.plan()
 
-    def _issue(self, step: _Step, layer: int, copied: bool) -> None:
+    def _issue(self, step: Step, layer: int, copied: bool) -> None:
         kind, batch = step.kind, step.batch
-        if kind in _COPIES:
+        if kind in COPIES:
             if not (kind is OpKind.SWAP_OUT and batch == 0 and self._deferred):
                 self._copy(step, layer)
             return
@@ -380,11 +354,11 @@ class CudaExecutor:
             for event in self._events(step.waits):
                 self._main.wait_event(event)
         if kind is OpKind.RECV:
-            self._waiting.add(batch)
+            self._waiting[batch] = (step, layer)
             return
-        with _Timing(self, step, layer, self._main):
+        with self._measure(step, layer, self._main):
             self._handlers[kind](batch, layer)
-        if copied and kind in _ORDERED:
+        if copied and kind in ORDERED:
             self._latest.setdefault((kind, batch), []).append(self._main.record_event())
         if kind is OpKind.GPU_ATTN and self._deferred:
             self._spill(layer)
@@ -397,7 +371,7 @@ class CudaExecutor:
                 found.append(events[-1 - lag])
         return found
 
-    def _copy(self, step: _Step, layer: int) -> None:
+    def _copy(self, step: Step, layer: int) -> None:
         """One way's copies of a layer, on the stream of their direction."""
         stream = self._streams[RESOURCE_OF[step.kind]]
         for event in self._events(step.waits):
@@ -405,7 +379,7 @@ class CudaExecutor:
         if step.kind is OpKind.STREAM:  # what was written to these staging blocks must have left them
             for event in self._latest.get((OpKind.SWAP_OUT, 0), ())[-1:]:
                 stream.wait_event(event)
-        with torch.cuda.stream(stream), _Timing(self, step, layer, stream):
+        with torch.cuda.stream(stream), self._measure(step, layer, stream):
             self._copying.run(_WAY[step.kind, step.batch], layer)
         self._latest.setdefault((step.kind, step.batch), []).append(stream.record_event())
 
@@ -474,9 +448,9 @@ class CudaExecutor:
 
     def post(self, batch: int, layer: int) -> None:
         """POST of a sub-batch, behind the answer of its CPU attention."""
-        if batch in self._waiting:
-            self._waiting.discard(batch)
-            self._receive(batch, layer)
+        if (awaited := self._waiting.pop(batch, None)) is not None:
+            with self._measure(*awaited, self._main):
+                self._receive(batch, layer)
         self._rows[batch].post(layer, self.model.weights.layers[layer])
 
     def _head(self, _batch: int, _layer: int) -> None:
@@ -501,36 +475,8 @@ class CudaExecutor:
         return self.model.head(torch.cat(ends) if len(ends) > 1 else ends[0])
 
 
-class _Timing:
-    """Events around an operation, where it is timed."""
-
-    __slots__ = ("executor", "layer", "start", "step", "stream")
-
-    def __init__(self, executor: CudaExecutor, step: _Step, layer: int, stream: torch.cuda.Stream) -> None:
-        self.executor, self.step, self.layer, self.stream = executor, step, layer, stream
-
-    def __enter__(self) -> None:
-        if self.executor._timed is not None:
-            self.start = _event()
-            self.start.record(self.stream)
-
-    def __exit__(self, *_: object) -> None:
-        timed, step = self.executor._timed, self.step
-        if timed is not None:
-            end = _event()
-            end.record(self.stream)
-            layer = None if step.offset is None else self.layer
-            timed.append(
-                _Timed(step.work, RESOURCE_OF[step.kind], step.kind, layer, step.batch, self.start, end)
-            )
-
-
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _layout(batch: BatchInputs) -> Layout:
@@ -546,12 +492,3 @@ def _only_decodes(plan: StepPlan, inputs: StepInputs) -> bool:
 
 def _with_cpu(inputs: StepInputs) -> list[int]:
     return [i for i, b in enumerate(inputs.batches) if len(b.cpu)]
-
-
-@lru_cache(maxsize=4096)
-def _work_in(template: Template, kind: OpKind, batch: int) -> int:
-    return next(op.work for s in template.sections for op in s.ops if op.kind is kind and op.batch == batch)
-
-
-def _work_of(graph: StepGraph, kind: OpKind, batch: int) -> int:
-    return _work_in(graph.template, kind, batch)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -78,6 +79,7 @@ class TableMirror:
         self.generation = 0
         tier.watch()
         self.tables: Tensor = torch.from_numpy(tier.tables).to(device)
+        self._room = self._buffers(1 << 12)
 
     def update(self) -> None:
         """Bring over what has changed, on the current stream. The step before must have ended."""
@@ -88,12 +90,25 @@ class TableMirror:
             self.generation += 1
         elif changes:
             where, what = _entries(host, changes)
-            index = torch.from_numpy(where).pin_memory().to(self._device, non_blocking=True)
-            value = torch.from_numpy(what).pin_memory().to(self._device, non_blocking=True)
-            self.tables.view(-1).index_copy_(0, index, value)
+            self._send(where, what)
+
+    def _send(self, where: npt.NDArray[np.int64], what: Ints) -> None:
+        count = len(where)
+        if self._room[0].shape[1] < count:
+            self._room = self._buffers(2 * count)
+        host, device = self._room
+        host.numpy()[0, :count], host.numpy()[1, :count] = where, what
+        for source, target in zip(host, device, strict=True):  # each row is one run of memory
+            target[:count].copy_(source[:count], non_blocking=True)
+        self.tables.view(-1).index_copy_(0, device[0, :count], device[1, :count].to(torch.int32))
+
+    def _buffers(self, count: int) -> tuple[Tensor, Tensor]:
+        """Positions and values, pinned and on the device. The step before has ended, so nobody reads them."""
+        host = torch.empty((2, count), dtype=torch.int64).pin_memory()
+        return host, torch.empty_like(host, device=self._device)
 
 
-def _entries(tables: Ints, changes: Sequence[tuple[int, int, int]]) -> tuple[np.ndarray, Ints]:
+def _entries(tables: Ints, changes: Sequence[tuple[int, int, int]]) -> tuple[npt.NDArray[np.int64], Ints]:
     """Flat positions and values of the entries [start, stop) of the rows that changed, in all layers."""
     layers, slots, width = tables.shape
     rows = np.array([c[0] for c in changes], dtype=np.int64)

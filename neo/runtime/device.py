@@ -52,7 +52,13 @@ class Device(Protocol):
         ...
 
     def executor(
-        self, model: Model, tables: BlockTables, staging: tuple[int, int], limits: Limits, slices_of: int
+        self,
+        model: Model,
+        tables: BlockTables,
+        staging: tuple[int, int],
+        limits: Limits,
+        slices_of: int,
+        timed: bool,
     ) -> Executor:
         """A fresh executor; reserves the KV memory of both tiers."""
         ...
@@ -103,7 +109,13 @@ class CpuDevice:
             )
 
     def executor(
-        self, model: Model, tables: BlockTables, staging: tuple[int, int], limits: Limits, slices_of: int
+        self,
+        model: Model,
+        tables: BlockTables,
+        staging: tuple[int, int],
+        limits: Limits,
+        slices_of: int,
+        timed: bool,
     ) -> Executor:
         """See ``Device.executor``."""
         options = CpuExecutorOptions(self.cpu_threads, self.cpu_cores)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from neo import __version__
-from neo.runtime import cpu_kernels, cpu_library
+from neo.runtime import cpu_kernels, cpu_library, cuda_library
 from neo.runtime import host_facts as host
 from neo.runtime.host_facts import Roots
 
@@ -119,6 +119,7 @@ def examine(probes: Probes | None = None, *, bandwidth: bool = False) -> Report:
         Fact("neo", "neo", Status.OK, __version__, data={"version": __version__}),
         Fact("neo", "python", Status.OK, f"{platform.python_version()} on {platform.system()}"),
         _library(),
+        _cuda_library(),
         *_torch(probes),
         *(_package(name, probes) for name in PACKAGES),
         *_processor(probes),
@@ -156,6 +157,18 @@ def _library() -> Fact:
         advice = "this processor has none of AVX2, AVX-512, NEON: run on one that has"
         return Fact("neo", "CPU kernels", Status.MISSING, value, advice, data)
     return Fact("neo", "CPU kernels", Status.OK, value, data=data)
+
+
+def _cuda_library() -> Fact:
+    """The CUDA kernels, which only a GPU needs."""
+    try:
+        path, version = cuda_library.library_path(), cuda_library.load().neo_cuda_version().decode()
+    except cuda_library.CudaKernelsMissingError as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        advice = "needed for a GPU only: make kernels, where nvcc is on the PATH"
+        return Fact("neo", "CUDA kernels", Status.NOTE, reason, advice, {"error": str(error)})
+    data = {"path": str(path), "version": version}
+    return Fact("neo", "CUDA kernels", Status.OK, f"{version}, {path}", data=data)
 
 
 def _torch(probes: Probes) -> Iterator[Fact]:

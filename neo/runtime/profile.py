@@ -29,7 +29,7 @@ from neo.cost.interpolation import isotonic
 from neo.cost.table_schema import FORMAT, SHAPE_FIELDS
 from neo.runtime.engine import Engine
 from neo.runtime.measure import Bench, Measured
-from neo.runtime.profile_grid import Grid, corner, to_corners
+from neo.runtime.profile_grid import Grid, to_corner, to_corners
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.setup import EngineParts
 from neo.system.config import System
@@ -143,7 +143,7 @@ class Profiler:
 
     def document(self, command: str) -> dict[str, Any]:
         """Measure everything; the content of a cost-table file (JSON-serialisable)."""
-        engine = self.parts.engine(self.whole)
+        engine = self.parts.engine(self.whole, timed=True)
         try:
             bench = Bench(engine.executor, self.parts.spec, self.limits.block_size)
             self._measure(list(self._shapes(bench)))
@@ -250,6 +250,9 @@ class Profiler:
             self._dense(found, n, n)
         else:
             self._add("head", (n,), found["HEAD:-1"])
+            spec = self.parts.spec
+            self._add("send", (send_bytes(n, spec),), found["SEND:0"])
+            self._add("recv", (recv_bytes(n, spec),), found["RECV:0"])
         self._add(table, (sequences, kv_tokens), found[name], max(1.0, kv_tokens / read))
 
     def _swap(self, bench: Bench, tokens: int) -> None:
@@ -291,10 +294,8 @@ class Profiler:
             tables["swap_in"] = samples.curve("swap_in", "bytes")
             streamed = samples.sizes("stream")
             tables["stream"] = samples.curve("stream", "bytes") if streamed else tables["swap_in"]
-            for name, most in (("send", send_bytes), ("recv", recv_bytes)):
-                # Nothing is moved: both sides of this executor see the same memory.
-                size = max(2, most(corner(self.limits.max_seqs), self.parts.spec))
-                tables[name] = {"axes": {"bytes": [1, size]}, "seconds": [0.0, 0.0]}
+            tables["send"] = to_corner(samples.curve("send", "bytes"))
+            tables["recv"] = to_corner(samples.curve("recv", "bytes"))
         return tables
 
     # -- the host's own time ------------------------------------------------------------------------------
@@ -338,7 +339,7 @@ class Profiler:
             "hardware": hardware.name,
             "gpu": hardware.gpu,
             "cpu": hardware.cpu,
-            "driver": f"{platform.system()} {platform.release()}",
+            "driver": str(described.get("driver", f"{platform.system()} {platform.release()}")),
             "versions": {
                 "neo": __version__,
                 "python": platform.python_version(),

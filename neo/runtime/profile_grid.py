@@ -114,3 +114,12 @@ def to_corners(entry: dict[str, Any]) -> dict[str, Any]:
         seconds = np.maximum.accumulate(seconds, axis)
     seconds = np.concatenate([seconds[:, :1], seconds], axis=1)
     return {"axes": axes | {second: [0, *axes[second]]}, "seconds": seconds.tolist()}
+
+
+def to_corner(entry: dict[str, Any]) -> dict[str, Any]:
+    """The same of a one-axis table."""
+    ((name, sizes),) = entry["axes"].items()
+    seconds = entry["seconds"]
+    slope = max(0.0, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
+    far = corner(sizes[-1])
+    return {"axes": {name: [*sizes, far]}, "seconds": [*seconds, seconds[-1] + slope * (far - sizes[-1])]}

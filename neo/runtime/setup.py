@@ -114,9 +114,13 @@ class EngineParts:
         log: RunLog | None = None,
         record: RunRecord | None = None,
         slices_of: int = 0,
+        timed: bool = False,
         zero_s: float | None = None,
     ) -> Engine:
-        """A fresh engine; its KV memory is reserved now, or refused with the numbers."""
+        """A fresh engine; its KV memory is reserved now, or refused with the numbers.
+
+        ``timed``: every operation's time is wanted, even if a step takes longer for it.
+        """
         scheduler = system.scheduler()
         pools = scheduler.view.pools
         self.device.check(scheduler.view)
@@ -124,7 +128,7 @@ class EngineParts:
             self.spec.layers, system.config.limits.block_size, pools[Tier.GPU].total, pools[Tier.CPU].total
         )
         staging = pools[Tier.GPU].staging_layers, pools[Tier.GPU].staging_blocks
-        executor = self.device.executor(self.model, tables, staging, system.config.limits, slices_of)
+        executor = self.device.executor(self.model, tables, staging, system.config.limits, slices_of, timed)
         options = EngineOptions(
             self.max_model_len, self.model.config.eos_token_ids, self.config.seed, self.config.ahead
         )

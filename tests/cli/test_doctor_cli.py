@@ -303,6 +303,15 @@ def test_missing_and_broken_kernels(
     assert "\n" not in found.value
 
 
+def test_cuda_kernels_are_missed_by_nobody_without_a_gpu(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEO_CUDA_LIBRARY", str(tmp_path / "none.so"))
+    found = fact(examine(probes(machine(), fake_torch())), "CUDA kernels")
+    assert (found.status, "make kernels" in found.advice) == (Status.NOTE, True)
+    assert "none.so" in found.value
+
+
 def test_bandwidth_is_measured_only_if_asked(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,16 @@ def test_however_the_work_is_cut(device: Device, ctas: int, stages: int) -> None
     check(out, case, q, range(len(lengths)), lengths)
 
 
+@pytest.mark.parametrize("heads", [1, 16])
+@pytest.mark.parametrize("length", [2100, 4999])
+def test_many_parts_of_one_sequence(device: Device, length: int, heads: int) -> None:
+    """Up to 79 warps share it: they merge in groups first. A second run finds all counters as they were."""
+    case = paged((7, length, 9), torch.bfloat16, 1, 64, 32)
+    q = queries(3, heads, 64, torch.bfloat16)
+    out = run(device, case, q, ctas=80, times=2)
+    check(out, case, q, range(3), (7, length, 9))
+
+
 def test_slots_and_lengths_are_read_when_it_runs(device: Device) -> None:
     """Two rows of one slot, a prefix of another, rows in any order; others are not touched."""
     case = paged((50, 90, 20), torch.float16, 2, 64, 16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_cases import EPSILON, Device, device, paged
+from cuda_cases import EPSILON, Device, Paged, device, paged
 
 from neo.runtime import cuda_kernels as ck
 
@@ -71,19 +71,17 @@ def reference(x: torch.Tensor, weights: ck.QkvWeights, heads: int, kv_heads: int
     return turned[0], turned[1], v
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("block_size", [8, 16, 32])
-def test_qkv_rope_append(device: Device, dtype: torch.dtype, dim: int, block_size: int) -> None:
-    """Rows for the cache, a row for nobody; what is in the cache otherwise stays as it is."""
-    heads, kv_heads = 4, 2
-    case = paged((0, 21, 0, 40), dtype, kv_heads, dim, block_size, room=45)
-    slots = torch.tensor([3, -1, 1, 0, 3], dtype=torch.int32)
-    positions = torch.tensor([41, 7, 21, 0, 40], dtype=torch.int32)
-    rows = len(slots)
+HEADS = (4, 2)
+
+
+def append_and_check(
+    device: Device, case: Paged, slots: torch.Tensor, positions: torch.Tensor, full: bool, odd: int = 0
+) -> None:
+    """Rows into a copy of the cache, `full`: with bias and norms; rows begin at element `odd`."""
+    (heads, kv_heads), rows = HEADS, len(slots)
+    dtype, dim, block_size = case.blocks.dtype, case.blocks.shape[3] // case.block_size, case.block_size
     x = normal(rows, (heads + 2 * kv_heads) * dim, dtype=dtype, seed=2)
     cos, sin = (normal(rows, dim, dtype=dtype, seed=i) for i in (3, 4))
-    full = dim != 80  # with bias and norms, and without
     weights = ck.QkvWeights(
         bias=normal(x.shape[1], dtype=dtype, seed=5) if full else None,
         q_norm=normal(dim, dtype=dtype, seed=6) if full else None,
@@ -94,10 +92,11 @@ def test_qkv_rope_append(device: Device, dtype: torch.dtype, dim: int, block_siz
         *(None if t is None else device(t) for t in (weights.bias, weights.q_norm, weights.k_norm)), 1e-6
     )
     blocks = device(case.blocks.clone())
+    fused = device(torch.cat([x[:, :odd], x], 1))[:, odd:]
     q = device(torch.full((rows, heads, dim), float("nan"), dtype=dtype))
     k, v = (device(torch.full((rows, kv_heads, dim), float("nan"), dtype=dtype)) for _ in range(2))
     ck.qkv_rope_append(
-        ck.cache_of(blocks, block_size), device(x), on, device(cos), device(sin), q, k, v,
+        ck.cache_of(blocks, block_size), fused, on, device(cos), device(sin), q, k, v,
         device(case.tables), device(slots), device(positions),
     )(device.stream)  # fmt: skip
     device.wait()
@@ -114,6 +113,31 @@ def test_qkv_rope_append(device: Device, dtype: torch.dtype, dim: int, block_siz
             planes_k[block, :, :, offset] = k.cpu()[row]
             planes_v[block, :, offset] = v.cpu()[row]
     assert torch.equal(blocks.cpu().view(torch.uint8), grown.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_qkv_rope_append(device: Device, dtype: torch.dtype, dim: int, block_size: int, odd: int) -> None:
+    """Rows for the cache, a row for nobody; what is in the cache otherwise stays as it is."""
+    case = paged((0, 21, 0, 40), dtype, HEADS[1], dim, block_size, room=45)
+    slots = torch.tensor([3, -1, 1, 0, 3], dtype=torch.int32)
+    positions = torch.tensor([41, 7, 21, 0, 40], dtype=torch.int32)
+    append_and_check(device, case, slots, positions, dim != 80, odd)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dim", [80, 128])
+@pytest.mark.parametrize("block_size", [8, 32])
+def test_qkv_of_prefills(device: Device, dtype: torch.dtype, dim: int, block_size: int) -> None:
+    """Many rows at once: neighbours in the cache from a whole 8 tokens on, and from others; decodes."""
+    case = paged((0, 3, 40, 0), dtype, HEADS[1], dim, block_size, room=300)
+    parts = [(2, 40, 200), (-1, 0, 3), (1, 3, 150), (-1, 0, 5), (0, 0, 1), (3, 9, 1), (3, 16, 180)]
+    slots = torch.cat([torch.full((count,), slot) for slot, _, count in parts]).to(torch.int32)
+    positions = torch.cat([torch.arange(at, at + count) for _, at, count in parts]).to(torch.int32)
+    assert len(slots) == 540
+    append_and_check(device, case, slots, positions, dim != 80)
 
 
 def test_qkv_in_place_without_cache(device: Device) -> None:

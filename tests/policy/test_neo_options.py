@@ -138,10 +138,10 @@ RATES = ((0, 1.0), (10, 1.1), (40, 1.6), (80, 1.6))
     ("everyone", "arriving", "best"),
     [
         (30, 0.0, 0),  # a short burst: every request on the host delays the others
-        (2000, 0.0, 40),  # a long one: the queue is what matters
-        (120, 0.9, 40),  # the GPU alone could just serve those who arrive
-        (120, 1.0, 40),
-        (60, 1.7, 40),  # nothing can: the most that there is, and no more requests than bring it
+        (2000, 0.0, 60),  # a long one: the queue is what matters
+        (30, 0.8, 15),  # arrivals that the GPU alone could just serve make every gain worth more
+        (60, 0.8, 60),
+        (12, 0.8, 15),  # no more than run at a time, and half as many again
     ],
 )
 def test_how_many_go_to_the_host(everyone: int, arriving: float, best: int) -> None:
@@ -149,10 +149,9 @@ def test_how_many_go_to_the_host(everyone: int, arriving: float, best: int) -> N
     assert outlook.on_host() == best
 
 
-def test_a_step_with_more_requests_must_be_worth_it_unless_more_arrive_than_the_gpu_serves() -> None:
+def test_a_step_with_more_requests_must_be_worth_it_the_less_the_more_arrive() -> None:
     assert Outlook(RATES, 30, 20, 0.0).crowding(10, 20) == pytest.approx(1.2)
     assert Outlook(RATES, 30, 20, 0.5).crowding(10, 20) == pytest.approx(1.1)
-    assert Outlook(RATES, 30, 20, 1.2).crowding(10, 20) == 1.0
 
 
 def test_the_arrival_rate_is_told_from_those_who_wait() -> None:

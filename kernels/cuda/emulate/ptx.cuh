@@ -4,8 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
-#include <array>
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
 
 #include "../numbers.cuh"
 
@@ -15,7 +16,30 @@ inline uint32_t shared_address(const void *pointer) {
     return static_cast<uint32_t>(static_cast<const char *>(pointer) - emulator::dynamic_shared());
 }
 
+// Shared memory serves 128 bytes at once if they lie in different banks: of 16-byte words, different numbers modulo 8.
+inline void need_banks_apart(uint32_t &taken, uint32_t address, const char *what) {
+    const uint32_t bank = 1u << address / 16 % 8;
+    if ((taken & bank) != 0) {
+        std::fprintf(stderr, "emulator: %s: a bank conflict in shared memory\n", what);
+        std::abort();
+    }
+    taken |= bank;
+}
+
+// All lanes call it. What they take from one half of a line (64 bytes) arrives together and is written together.
 inline void copy_16(uint32_t to, const void *from, bool valid) {
+    struct Copy {
+        uint64_t half_line;
+        uint32_t to;
+    };
+    const Copy mine{reinterpret_cast<uintptr_t>(from) / 64, to};
+    const emulator::Lanes lanes = emulator::exchange(&mine, sizeof(mine));
+    uint32_t taken = 0;
+    for (int lane = 0; lane < 32; lane++) {
+        const auto other = emulator::from_lane<Copy>(lanes, lane);
+        if (other.half_line == mine.half_line)
+            need_banks_apart(taken, other.to, "cp.async");
+    }
     emulator::ask_copy(emulator::dynamic_shared() + to, from, valid);
 }
 inline void end_group() { emulator::end_group(); }
@@ -33,6 +57,9 @@ inline void load_transposed(uint32_t (&a)[4], uint32_t address) {
     const emulator::Lanes lanes = emulator::exchange(&address, sizeof(address));
     const int lane = threadIdx.x % 32;
     for (int i = 0; i < 4; i++) {
+        uint32_t taken = 0;
+        for (int r = 0; r < 8; r++)
+            need_banks_apart(taken, emulator::from_lane<uint32_t>(lanes, 8 * i + r), "ldmatrix");
         const auto rows = [&](int r) {
             return emulator::dynamic_shared() + emulator::from_lane<uint32_t>(lanes, 8 * i + r);
         };

@@ -1,0 +1,136 @@
+"""Where a decode step's time goes on a GPU: the graph's own time, its parts, and the host's part around it.
+
+    python benchmarks/gpu/step.py --sequences 64 --tokens 1000
+
+Prints medians over the steps in which all sequences decode, in microseconds, beside the time in which the
+GPU could read the weights and the KV cache once at the bandwidth that was measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neo.core.view import Limits
+from neo.runtime.sampling_params import SamplingParams
+from neo.runtime.setup import EngineConfig, EngineParts
+
+
+def timed(where: Any, name: str, spent: dict[str, list[float]], label: str) -> None:
+    """Replace a method by one that notes how long it takes."""
+    call: Callable[..., Any] = getattr(where, name)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            spent[label].append(time.perf_counter() - start)
+
+    setattr(where, name, wrapper)
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second of reading a gigabyte."""
+    data = torch.ones(1 << 28, dtype=torch.float32, device=device)
+    best = 1.0
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        data.sum()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) * 1e-3)
+    return data.numel() * 4 / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--ahead", action="store_true")
+    parser.add_argument("--policy", default="gpu-only")
+    parser.add_argument("--profile", action="store_true", help="kernels of ten steps, by torch's profiler")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    blocks = args.sequences * (args.tokens + args.steps + 40) // 16 + args.sequences + 100
+    parts = EngineParts(
+        EngineConfig(
+            args.model,
+            load_format="dummy",
+            dtype="bfloat16",
+            device="cuda",
+            hardware="h200-16c",
+            policy=args.policy,
+            limits=Limits(max_batch_tokens=8192, max_seqs=1024),
+            kv_gpu_blocks=blocks,
+            kv_cpu_blocks=0,
+            max_model_len=args.tokens + args.steps + 40,
+            ahead=args.ahead,
+        )
+    )
+    engine = parts.engine(parts.system())
+    executor: Any = engine.executor
+    spent: dict[str, list[float]] = defaultdict(list)
+    for i in range(args.sequences):
+        prompt = [(7 * i + j) % 1000 + 3 for j in range(args.tokens)]
+        engine.add(str(i), prompt, SamplingParams(args.steps + 20, 0.0, ignore_eos=True))
+    while len(engine.scheduler.view.gpu_decodes) < args.sequences:
+        engine.step()
+    for _ in range(5):
+        engine.step()
+    timed(engine, "_plan", spent, "plan")
+    timed(engine, "_finish", spent, "finish")
+    timed(engine, "_sample", spent, "sample (waits for the GPU)")
+    timed(executor, "run", spent, "executor")
+    timed(executor, "_fill", spent, "inputs")
+    timed(executor._mirror, "update", spent, "tables")
+    timed(executor._graphs, "replay", spent, "find graph")
+    timed(executor.tables, "begin", spent, "take blocks")
+    for _ in range(args.steps - 20):
+        start = time.perf_counter()
+        engine.step()
+        spent["step"].append(time.perf_counter() - start)
+    spec = parts.spec
+    rate = bandwidth(parts.device.torch)
+    kv = args.sequences * (args.tokens + 30) * spec.kv_bytes_per_token
+    floor = (spec.weight_bytes + kv) / rate
+    result = {name: 1e6 * statistics.median(values) for name, values in spent.items()}
+    graphs = list(executor._graphs._known.values())
+    if graphs:
+        graph, _ = graphs[-1]
+        seconds = []
+        for _ in range(10):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            graph.replay()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        result["graph alone"] = 1e6 * statistics.median(seconds)
+    result["floor"] = 1e6 * floor
+    for name, value in result.items():
+        print(f"{name:30} {value:9.0f} us")
+    print(f"read bandwidth {rate / 1e9:.0f} GB/s; step / floor {result['step'] / result['floor']:.2f}")
+    if args.profile and graphs:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            for _ in range(10):
+                graphs[-1][0].replay()
+            torch.cuda.synchronize()
+        print(found.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1))
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()
