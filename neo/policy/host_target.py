@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from neo.core.request import Tier
+from neo.core.request import Request, Tier
 from neo.core.view import SystemView
 from neo.policy.estimate import StageTimes
 
@@ -213,7 +213,7 @@ def arrival_rate(view: SystemView, expected: float, over_s: float) -> float:
     if waiting < 2:
         return 0.0
     first = next(iter(view.waiting)).arrival_s
-    last = next(reversed(view.waiting))  # type: ignore[call-overload]  # of lists and dicts' values alike
+    last: Request = next(reversed(view.waiting))  # type: ignore[call-overload]  # list or values of a dict
     rate = (waiting - 1 + expected * over_s) / (max(0.0, last.arrival_s - first) + over_s)
     silence = view.now - last.arrival_s
     return min(rate, _PAUSE / silence) if silence > 0.0 else rate
