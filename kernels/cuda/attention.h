@@ -52,8 +52,9 @@ struct Attention {
     float scale_log2; // scale * log2(e)
 };
 
-// Bytes of shared memory that one tile of one warp takes: K as it lies in a block of 16, V's rows padded by 16 bytes.
-constexpr int tile_bytes(int head_dim) { return 2 * TILE * head_dim + TILE * (2 * head_dim + 16); }
+// Bytes of shared memory: a row of V, padded unless it is whole lines of 128 bytes, and one tile of one warp.
+constexpr int v_row_bytes(int head_dim) { return 2 * head_dim + (head_dim % 64 == 0 ? 0 : 16); }
+constexpr int tile_bytes(int head_dim) { return 2 * TILE * head_dim + TILE * v_row_bytes(head_dim); }
 template <int D> constexpr int TILE_BYTES = tile_bytes(D); // for device code
 
 // n tiles of 8 query heads each. One kernel for each type, in files of their own so that they build side by side.

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(WARPS_OF_CTA * 32) attend(const __grid_constan
         load();
         await_groups(stages - 1);
         __syncwarp();
-        sums.take(take_at, at.length - at.tile * TILE, args.scale_log2, lane);
+        sums.take(take_at, at.length - at.tile * TILE, args.block_shift, args.scale_log2, lane);
         __syncwarp(); // all have read before any asks for the next tile there
         take_at += BYTES;
         if (take_at == ring_end)

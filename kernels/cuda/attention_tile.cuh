@@ -44,7 +44,8 @@ __device__ __forceinline__ void advance(const Attention &args, Cursor &at) {
 // Brings tiles into shared memory.
 template <class T, int D> struct Loader {
     static constexpr int ROUNDS = D / 16;               // of 32 lanes times 16 bytes, for K and for V each
-    static constexpr int V_ROW = 2 * D + 16;            // bytes
+    static constexpr bool WHOLE = D % 64 == 0;          // rows of V are whole lines of 128 bytes
+    static constexpr int V_ROW = v_row_bytes(D);
     static constexpr int V_PLANE = 2 * TILE * D;        // where V begins, bytes
     static constexpr int CHUNKS = D / 8;                // of 16 bytes in a row of V
 
@@ -59,7 +60,13 @@ template <class T, int D> struct Loader {
         find_table();
     }
 
-    static __device__ int k_word(int d, int half) { return 2 * d + (half ^ (d >> 2 & 1)); }
+    // Where the 8 tokens of a half of row d of K lie, in words of 16 bytes. A line of 128 bytes of the cache becomes a line
+    // of shared memory, which takes it at once: of blocks of 8, 8 rows of a half; of larger ones, both halves of 4 rows
+    // (or 2), which change places in every other 4 rows so that the 8 rows of a matrix lie in 8 different words of a line.
+    static __device__ int k_word(int d, int half, int block_shift) {
+        return block_shift == 3 ? half * D + d : 2 * d + (half ^ (d >> 2 & 1));
+    }
+    static __device__ uint32_t k_step_bytes(int block_shift) { return block_shift == 3 ? 256 : 512; } // of 16 rows
 
     __device__ void find_table() {
         const int64_t slot = args.slots == nullptr ? at.row : args.slots[at.row];
@@ -91,15 +98,14 @@ template <class T, int D> struct Loader {
         const int64_t start1 = args.block_shift == 3 ? block_start(token + 8) : start0;
         const int offset0 = token & mask, offset1 = (token + 8) & mask;
 
-        // Row d of K has two words of 16 bytes, tokens 0-7 and 8-15; they change places in every other four rows. So the
-        // 8 rows of a matrix lie in 8 different words of 128 bytes, and so do 128 bytes of the cache in all block sizes.
         const bool second = (lane & 1) != 0;
         const T *k = head + (second ? start1 + offset1 : start0 + offset0) + ((lane >> 1) << args.block_shift);
-        const uint32_t k_to = to + k_word(lane >> 1, lane & 1) * 16;
+        const uint32_t k_to = to + k_word(lane >> 1, lane & 1, args.block_shift) * 16;
+        const uint32_t k_to_step = k_step_bytes(args.block_shift);
         const int64_t k_step = int64_t{16} << args.block_shift;
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++)
-            copy_16(k_to + i * 512, k + i * k_step, true);
+            copy_16(k_to + i * k_to_step, k + i * k_step, true);
 
         const int valid = at.length - token; // rows of V behind the end may be NaN, which a weight of 0 does not remove
         const T *v = head + (D << args.block_shift);
@@ -108,7 +114,7 @@ template <class T, int D> struct Loader {
             const int chunk = i * 32 + lane;
             const int t = chunk / CHUNKS, j = chunk % CHUNKS;
             const int64_t row = t < 8 ? start0 + (offset0 + t) * D : start1 + (offset1 + t - 8) * D;
-            copy_16(to + V_PLANE + t * V_ROW + j * 16, v + row + j * 8, t < valid);
+            copy_16(to + V_PLANE + t * V_ROW + (WHOLE ? j ^ (t & 7) : j) * 16, v + row + j * 8, t < valid);
         }
     }
 
@@ -146,15 +152,19 @@ template <class T, int D, int N> struct Sums {
         }
     }
 
-    __device__ void take(uint32_t tile, int valid, float scale_log2, int lane) {
+    __device__ void take(uint32_t tile, int valid, int block_shift, float scale_log2, int lane) {
+        using Tile = Loader<T, D>;
         const int i = lane / 8, r = lane % 8;
-        const uint32_t k_at = tile + Loader<T, D>::k_word((i >> 1) * 8 + r, i & 1) * 16;
-        const uint32_t v_at = tile + Loader<T, D>::V_PLANE + ((i >> 1) * 8 + r) * Loader<T, D>::V_ROW + (i & 1) * 16;
+        const uint32_t k_at = tile + Tile::k_word((i >> 1) * 8 + r, i & 1, block_shift) * 16;
+        const uint32_t k_step = Tile::k_step_bytes(block_shift);
+        // Words 2 k and 2 k + 1 of rows of V; where rows are whole lines, word w of row t has changed places with w ^ t % 8.
+        const uint32_t v_row = tile + Tile::V_PLANE + ((i >> 1) * 8 + r) * Tile::V_ROW;
+        const uint32_t v_at = v_row + (Tile::WHOLE ? (i & 1) ^ r : i & 1) * 16;
         float s[2][N][4] = {}; // two chains of sums, for half the waiting
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
             uint32_t a[4];
-            load_transposed(a, k_at + k * 512);
+            load_transposed(a, k_at + k * k_step);
 #pragma unroll
             for (int n = 0; n < N; n++)
                 mma(s[k % 2][n], a, q[n][k], T{});
@@ -199,7 +209,7 @@ template <class T, int D, int N> struct Sums {
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
             uint32_t a[4];
-            load_transposed(a, v_at + k * 32);
+            load_transposed(a, Tile::WHOLE ? (v_at ^ k % 4 * 32) + k / 4 * 128 : v_at + k * 32);
 #pragma unroll
             for (int n = 0; n < N; n++)
                 mma(o[n][k], a, p[n], T{});
