@@ -15,7 +15,7 @@ constexpr int MAX_STAGES = 8;
 // Rows, units of a row (KV heads, cut where more than heads_of_unit query heads share one) and tiles of a unit follow
 // each other in one line that the workers (warps) cut into equal runs. The places of a unit in that line are UNIT_COST
 // for beginning and ending it, which takes a worker about as long as so many tiles, and then one for each tile.
-constexpr int UNIT_COST = 2;
+constexpr int UNIT_COST = 3;
 constexpr int SHORTEST_RUN = 4; // below that, merging costs more than another warp gains
 static_assert(SHORTEST_RUN > UNIT_COST, "a run has a tile");
 
