@@ -15,7 +15,7 @@ constexpr int MAX_STAGES = 8;
 // Rows, units of a row (KV heads, cut where more than heads_of_unit query heads share one) and tiles of a unit follow
 // each other in one line that the workers (warps) cut into equal runs. The places of a unit in that line are UNIT_COST
 // for beginning and ending it, which takes a worker about as long as so many tiles, and then one for each tile.
-constexpr int UNIT_COST = 2;
+constexpr int UNIT_COST = 3;
 constexpr int SHORTEST_RUN = 4; // below that, merging costs more than another warp gains
 static_assert(SHORTEST_RUN > UNIT_COST, "a run has a tile");
 
@@ -52,8 +52,9 @@ struct Attention {
     float scale_log2; // scale * log2(e)
 };
 
-// Bytes of shared memory that one tile of one warp takes: K as it lies in a block of 16, V's rows padded by 16 bytes.
-constexpr int tile_bytes(int head_dim) { return 2 * TILE * head_dim + TILE * (2 * head_dim + 16); }
+// Bytes of shared memory: a row of V, padded unless it is whole lines of 128 bytes, and one tile of one warp.
+constexpr int v_row_bytes(int head_dim) { return 2 * head_dim + (head_dim % 64 == 0 ? 0 : 16); }
+constexpr int tile_bytes(int head_dim) { return 2 * TILE * head_dim + TILE * v_row_bytes(head_dim); }
 template <int D> constexpr int TILE_BYTES = tile_bytes(D); // for device code
 
 // n tiles of 8 query heads each. One kernel for each type, in files of their own so that they build side by side.

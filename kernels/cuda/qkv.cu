@@ -1,5 +1,6 @@
-// From a row of the fused projection to rotated q, k and v, and into the cache. A warp takes one head, of one row or of
-// several, whose keys then go to the cache 16 bytes at a time where they are neighbours there.
+// From a row of the fused projection to rotated q, k and v, and into the cache. A warp takes one head of one row, or, where
+// there are many rows, a few heads; a block then has 8 rows, whose keys go to the cache 16 bytes at a time where they are
+// neighbours there.
 
 #include <ptx.cuh>
 
@@ -11,8 +12,8 @@ using namespace neo;
 
 constexpr int WARPS = 8;
 constexpr int MAX_HALF = 128;    // of a head
-constexpr int MANY = 8;          // rows of a warp where there are enough of them; tokens of K in 16 bytes of 16-bit types
-constexpr int ENOUGH_ROWS = 512;
+constexpr int MANY_HEADS = 4;    // of a warp where there are many rows
+constexpr int MANY_ROWS = 512;
 
 template <class T> struct Qkv {
     T *cache;
@@ -67,10 +68,11 @@ template <class T, int V> struct Elements {
     }
 };
 
-// Bias, norm and rotation in fp32; rounded once.
+// Bias, norm and, unless it is a head of v, rotation in fp32; rounded once.
 template <class T, int V>
-__device__ __forceinline__ void transform(Elements<T, V> &head, const T *bias, const T *norm, const T *cos, const T *sin,
-                                          float eps, int half, int lane) {
+__device__ __forceinline__ void transform(Elements<T, V> &head, const T *bias, const T *norm, bool is_v,
+                                          const Elements<T, V> &cos, const Elements<T, V> &sin, float eps, int half,
+                                          int lane) {
     float x[Elements<T, V>::PIECES][2][V] = {}; // zeros where the head ends
     head.change(half, lane, [&](int i, int h, int j, int d) {
         x[i][h][j] = to_float(head.at[i][h].at[j]) + (bias != nullptr ? to_float(bias[d]) : 0.f);
@@ -81,99 +83,105 @@ __device__ __forceinline__ void transform(Elements<T, V> &head, const T *bias, c
         const float by = rsqrtf(warp_sum(square) / static_cast<float>(2 * half) + eps);
         head.change(half, lane, [&](int i, int h, int j, int d) { x[i][h][j] *= by * to_float(norm[d]); });
     }
-    Elements<T, V> c, s;
-    if (cos != nullptr) {
-        c.load(cos, half, lane);
-        s.load(sin, half, lane);
-    }
     head.change(half, lane, [&](int i, int h, int j, int) {
-        const float rotated = cos == nullptr ? x[i][h][j]
-                                             : x[i][h][j] * to_float(c.at[i][h].at[j]) +
-                                                   x[i][1 - h][j] * to_float(s.at[i][h].at[j]);
-        head.at[i][h].at[j] = from_float<T>(rotated);
+        const float turned = x[i][h][j] * to_float(cos.at[i][h].at[j]) + x[i][1 - h][j] * to_float(sin.at[i][h].at[j]);
+        head.at[i][h].at[j] = from_float<T>(is_v ? x[i][h][j] : turned);
     });
 }
 
-// Whether rows first, first + 1, ... are neighbours in the cache, from a whole 8 tokens on.
-template <class T> __device__ bool neighbours(const Qkv<T> &args, int first) {
-    bool are = args.slots[first] >= 0 && args.positions[first] % MANY == 0;
-    for (int r = 1; r < MANY; r++)
-        are = are && args.slots[first + r] == args.slots[first] && args.positions[first + r] == args.positions[first] + r;
-    return are;
+// Where a row goes in the cache: its block there (-1: nowhere) and the place in it.
+struct Target {
+    int64_t number;
+    int offset;
+};
+
+template <class T> __device__ __forceinline__ Target target_of(const Qkv<T> &args, int row) {
+    const int64_t slot = args.tables == nullptr || row >= args.rows ? -1 : args.slots[row];
+    if (slot < 0)
+        return Target{-1, 0};
+    const int position = args.positions[row];
+    return Target{args.tables[slot * args.table_stride + position / args.block], position % args.block};
 }
 
-template <class T> __device__ T *plane_of(const Qkv<T> &args, int row, int kv_head) {
-    const int64_t slot = args.slots[row];
-    const int64_t number = args.tables[slot * args.table_stride + args.positions[row] / args.block];
-    return args.cache + (number * args.kv_heads + kv_head) * 2 * args.head_dim * args.block;
+template <class T> __device__ __forceinline__ T *plane_of(const Qkv<T> &args, const Target &target, int kv_head) {
+    return args.cache + (target.number * args.kv_heads + kv_head) * 2 * args.head_dim * args.block;
 }
 
-template <class T, int ROWS, int V>
-__device__ void append(const Qkv<T> &args, const Elements<T, V> (&of)[ROWS], int first, int rows, int kv_head, bool is_v,
-                       int lane) {
-    const int D = args.head_dim, half = D / 2, block = args.block;
-    if constexpr (ROWS == MANY) {
-        if (!is_v && rows == ROWS && neighbours(args, first)) {
-            T *const to = plane_of(args, first, kv_head) + args.positions[first] % block;
-            Elements<T, V>::each(half, lane, [&](int i, int h, int d) {
-#pragma unroll
-                for (int j = 0; j < V; j++) {
-                    Some<T, ROWS> tokens;
-#pragma unroll
-                    for (int r = 0; r < ROWS; r++)
-                        tokens.at[r] = of[r].at[i][h].at[j];
-                    *reinterpret_cast<Some<T, ROWS> *>(to + (d + j) * block) = tokens;
-                }
-            });
-            return;
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        if (r >= rows || args.slots[first + r] < 0)
+// Keys of the block's rows, [head][row][d], which are neighbours from `first` on.
+template <class T>
+__device__ void append_keys(const Qkv<T> &args, const T *keys, int first_head, const Target &first) {
+    const int D = args.head_dim;
+    for (int i = threadIdx.x; i < MANY_HEADS * D; i += WARPS * 32) {
+        const int h = i / D, d = i % D, kv_head = first_head + h - args.q_heads;
+        if (kv_head < 0 || kv_head >= args.kv_heads)
             continue;
-        T *const plane = plane_of(args, first + r, kv_head);
-        const int at = args.positions[first + r] % block;
-        if (is_v)
-            of[r].store(plane + (block + at) * D, half, lane);
-        else
-            of[r].store_apart(plane + at, block, half, lane);
+        Some<T, WARPS> tokens;
+#pragma unroll
+        for (int r = 0; r < WARPS; r++)
+            tokens.at[r] = keys[(h * WARPS + r) * D + d];
+        *reinterpret_cast<Some<T, WARPS> *>(plane_of(args, first, kv_head) + d * args.block + first.offset) = tokens;
     }
 }
 
-template <class T, int ROWS, int V>
+// HEADS 1: a warp has one head of row blockIdx.x. Otherwise it has HEADS heads of one of the 8 rows of its block.
+template <class T, int HEADS, int V>
 __global__ void __launch_bounds__(WARPS * 32) rope_append(const __grid_constant__ Qkv<T> args) {
-    const int lane = threadIdx.x % 32, head = blockIdx.y * WARPS + threadIdx.x / 32;
-    if (head >= args.q_heads + 2 * args.kv_heads)
-        return;
-    const int first = blockIdx.x * ROWS, rows = min(ROWS, args.rows - first);
-    const int D = args.head_dim, half = D / 2;
-    const bool is_q = head < args.q_heads, is_v = head >= args.q_heads + args.kv_heads;
-    Elements<T, V> of[ROWS]; // all are asked for before any is used
+    NEO_DYNAMIC_SHARED(shared); // of many rows: their keys
+    constexpr bool MANY = HEADS > 1;
+    __shared__ Target targets[WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first = MANY ? blockIdx.y * HEADS : blockIdx.y * WARPS + warp; // head
+    const int64_t row = MANY ? blockIdx.x * WARPS + warp : blockIdx.x;
+    const int D = args.head_dim, half = D / 2, q_heads = args.q_heads, heads = q_heads + 2 * args.kv_heads;
+    const int there = row >= args.rows ? 0 : min(HEADS, heads - first);
+    T *const keys = reinterpret_cast<T *>(shared);
+
+    Elements<T, V> of[HEADS], cos, sin; // all are asked for before any is used
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
-        if (r < rows)
-            of[r].load(args.qkv + (first + r) * args.qkv_stride + head * D, half, lane);
-    const T *const bias = args.bias == nullptr ? nullptr : args.bias + head * D;
-    const T *const norm = is_v ? nullptr : is_q ? args.q_norm : args.k_norm;
-    if (!is_v || bias != nullptr)
+    for (int h = 0; h < HEADS; h++)
+        if (h < there)
+            of[h].load(args.qkv + row * args.qkv_stride + (first + h) * D, half, lane);
+    if (there > 0) {
+        cos.load(args.cos + row * D, half, lane);
+        sin.load(args.sin + row * D, half, lane);
+    }
+    Target target{-1, 0};
+    bool together = false; // the keys of the block's rows
+    if (first + HEADS > q_heads)
+        target = target_of(args, static_cast<int>(row));
+    if (MANY && first + HEADS > q_heads && first < q_heads + args.kv_heads) { // the same for all of the block
+        if (lane == 0)
+            targets[warp] = target;
+        __syncthreads();
+        together = targets[0].number >= 0 && targets[0].offset % WARPS == 0;
+        for (int r = 1; r < WARPS; r++) // 8 tokens from a whole 8 on lie in one block
+            together = together && targets[r].number == targets[0].number && targets[r].offset == targets[0].offset + r;
+    }
 #pragma unroll
-        for (int r = 0; r < ROWS; r++)
-            if (r < rows) {
-                const int64_t angles = int64_t{first + r} * D;
-                transform(of[r], bias, norm, is_v ? nullptr : args.cos + angles, is_v ? nullptr : args.sin + angles,
-                          args.eps, half, lane);
-            }
-    const int kv_head = head - args.q_heads - (is_v ? args.kv_heads : 0);
-    T *const out = is_q ? args.q_out + head * D : is_v ? args.v_out : args.k_out;
-    const int64_t stride = is_q ? args.q_stride : args.kv_stride;
-    if (out != nullptr)
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
-            if (r < rows)
-                of[r].store(out + (first + r) * stride + (is_q ? 0 : kv_head * D), half, lane);
-    if (!is_q && args.tables != nullptr)
-        append<T, ROWS, V>(args, of, first, rows, kv_head, is_v, lane);
+    for (int h = 0; h < HEADS; h++) {
+        if (h >= there)
+            continue;
+        const int head = first + h;
+        const bool is_q = head < q_heads, is_v = head >= q_heads + args.kv_heads;
+        const int kv_head = head - q_heads - (is_v ? args.kv_heads : 0);
+        transform(of[h], args.bias == nullptr ? nullptr : args.bias + head * D,
+                  is_v ? nullptr : is_q ? args.q_norm : args.k_norm, is_v, cos, sin, args.eps, half, lane);
+        T *const out = is_q ? args.q_out : is_v ? args.v_out : args.k_out;
+        if (out != nullptr)
+            of[h].store(out + (is_q ? row * args.q_stride + head * D : row * args.kv_stride + kv_head * D), half, lane);
+        if (is_q || target.number < 0)
+            continue;
+        if (is_v)
+            of[h].store(plane_of(args, target, kv_head) + (args.block + target.offset) * D, half, lane);
+        else if (MANY && together)
+            of[h].store(keys + (h * WARPS + warp) * D, half, lane);
+        else
+            of[h].store_apart(plane_of(args, target, kv_head) + target.offset, args.block, half, lane);
+    }
+    if (MANY && together) {
+        __syncthreads();
+        append_keys(args, keys, first, targets[0]);
+    }
 }
 
 // Whether two neighbours can be taken at once everywhere.
@@ -197,10 +205,14 @@ template <class T> void launch(const neo_cuda_qkv &args, cudaStream_t stream) {
                         args.positions,        args.rows,             args.q_heads,        cache.kv_heads,
                         cache.head_dim,        cache.block_size,      args.eps};
     const int heads = args.q_heads + 2 * cache.kv_heads;
-    const bool pairs = in_pairs(args, sizeof(T)), many = pairs && args.rows >= ENOUGH_ROWS;
-    const auto take = many ? rope_append<T, MANY, 2> : pairs ? rope_append<T, 1, 2> : rope_append<T, 1, 1>;
-    const int rows = many ? (args.rows + MANY - 1) / MANY : args.rows;
-    launch_kernel(take, dim3(rows, (heads + WARPS - 1) / WARPS), WARPS * 32, 0, stream, kernel);
+    if (in_pairs(args, sizeof(T)) && args.rows >= MANY_ROWS) {
+        const dim3 grid((args.rows + WARPS - 1) / WARPS, (heads + MANY_HEADS - 1) / MANY_HEADS);
+        const size_t keys = sizeof(T) * MANY_HEADS * WARPS * cache.head_dim; // 32 KiB at most
+        launch_kernel(rope_append<T, MANY_HEADS, 2>, grid, WARPS * 32, keys, stream, kernel);
+        return;
+    }
+    const auto one = in_pairs(args, sizeof(T)) ? rope_append<T, 1, 2> : rope_append<T, 1, 1>;
+    launch_kernel(one, dim3(args.rows, (heads + WARPS - 1) / WARPS), WARPS * 32, 0, stream, kernel);
 }
 
 neo_cuda_status check(const neo_cuda_qkv &args) noexcept {

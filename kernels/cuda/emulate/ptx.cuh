@@ -29,16 +29,19 @@ inline void need_banks_apart(uint32_t &taken, uint32_t address, const char *what
 // All lanes call it. What they take from one half of a line (64 bytes) arrives together and is written together.
 inline void copy_16(uint32_t to, const void *from, bool valid) {
     struct Copy {
-        uint64_t half_line;
+        uint64_t from;
         uint32_t to;
     };
-    const Copy mine{reinterpret_cast<uintptr_t>(from) / 64, to};
+    const Copy mine{reinterpret_cast<uintptr_t>(from), to};
     const emulator::Lanes lanes = emulator::exchange(&mine, sizeof(mine));
-    uint32_t taken = 0;
+    uint32_t taken = 0, seen = 0;
     for (int lane = 0; lane < 32; lane++) {
         const auto other = emulator::from_lane<Copy>(lanes, lane);
-        if (other.half_line == mine.half_line)
-            need_banks_apart(taken, other.to, "cp.async");
+        const uint32_t word = 1u << other.from / 16 % 4;
+        if (other.from / 64 != mine.from / 64 || (seen & word) != 0) // twice: past the end of a sequence
+            continue;
+        seen |= word;
+        need_banks_apart(taken, other.to, "cp.async");
     }
     emulator::ask_copy(emulator::dynamic_shared() + to, from, valid);
 }
