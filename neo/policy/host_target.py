@@ -75,7 +75,8 @@ class Outlook(NamedTuple):
             if count >= self.everyone:
                 break
             if rate > self.arriving:
-                time = (self.everyone + self.resident + count) / (rate - self.arriving)
+                in_work = self.resident + _SPREAD * count
+                time = (self.everyone + in_work) / (rate - self.arriving)
                 if time < least:
                     best, least = count, time
         return int(best * _SPREAD)
