@@ -18,8 +18,9 @@ from null_engine import build
 
 from neo.core.view import Limits
 from neo.runtime.engine import Engine
+from neo.runtime.engine_config import EngineConfig
 from neo.runtime.sampling_params import SamplingParams
-from neo.runtime.setup import EngineConfig, EngineParts
+from neo.runtime.setup import EngineParts
 
 PROMPT = 32
 

@@ -24,12 +24,13 @@ from neo.core.view import Limits
 from neo.runtime import tiny
 from neo.runtime.block_tables import BlockTables
 from neo.runtime.engine import Engine, EngineOptions
+from neo.runtime.engine_config import EngineConfig
 from neo.runtime.executor import Sample, StepTimes
 from neo.runtime.server.launch import Built, Launch
 from neo.runtime.server.limits import ServerLimits
 from neo.runtime.server.run import ServeConfig, run_server
 from neo.runtime.server.spawn import spawn
-from neo.runtime.setup import EngineConfig, EngineParts
+from neo.runtime.setup import EngineParts
 from neo.runtime.step_inputs import StepInputs
 
 MAX_LENGTH = 1 << 20

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from neo.core.view import Limits
+from neo.runtime.engine_config import EngineConfig
 from neo.runtime.sampling_params import SamplingParams
-from neo.runtime.setup import EngineConfig, EngineParts
+from neo.runtime.setup import EngineParts
 
 
 def timed(where: Any, name: str, spent: dict[str, list[float]], label: str) -> None:

@@ -27,9 +27,10 @@ from neo.workload import Workload
 
 if TYPE_CHECKING:
     from neo.runtime.engine import Engine
+    from neo.runtime.engine_config import EngineConfig
     from neo.runtime.prompts import Prompts
     from neo.runtime.replay import Replay, ReplayOptions
-    from neo.runtime.setup import EngineConfig, EngineParts
+    from neo.runtime.setup import EngineParts
     from neo.system.config import System
 
 
@@ -374,7 +375,7 @@ class MeasuredRun(Run["Replay"]):
         }
 
     def _warnings(self, driver: Replay) -> list[str]:
-        from neo.runtime.setup import THIS_MACHINE
+        from neo.runtime.engine_config import THIS_MACHINE
 
         config = self.how.parts.config
         found = [str(w) for w in self.system.cost.describe().get("warnings", ())]

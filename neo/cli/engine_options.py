@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +14,7 @@ from neo.cli.flags import key_values, size_of
 from neo.cli.options import BUDGET, SYSTEM
 from neo.core.errors import InputError
 from neo.core.view import Limits
-
-if TYPE_CHECKING:
-    from neo.runtime.setup import EngineConfig
+from neo.runtime.engine_config import EngineConfig
 
 ENGINE = "Engine"
 DEFAULT_MODEL = "stories42m"
@@ -150,14 +149,9 @@ def engine_config(
     gpu_memory: str | None = None,
 ) -> EngineConfig:
     """An EngineConfig of the values of these options; InputError for wrong ones, or if there is no torch."""
-    try:
-        from neo.runtime.setup import EngineConfig
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("neo"):
-            raise
-        raise InputError(
-            f"the engine needs {error.name}, see 'neo doctor'; neo simulate runs without"
-        ) from error
+    for name in ("torch", "safetensors"):
+        if find_spec(name) is None:
+            raise InputError(f"the engine needs {name}, see 'neo doctor'; neo simulate runs without")
     if backend is not Kernels.torch and limits.block_size not in BLOCK_SIZES:
         raise InputError(
             f"--block-size {limits.block_size}: the kernels take {', '.join(map(str, BLOCK_SIZES))}; "

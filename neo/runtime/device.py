@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Protocol
 
 import torch
 
@@ -14,15 +14,12 @@ from neo.cost.memory import kv_budget
 from neo.runtime.backend import Kind, backend
 from neo.runtime.block_tables import BlockTables
 from neo.runtime.cpu_executor import CpuExecutor, CpuExecutorOptions
+from neo.runtime.engine_config import EngineConfig
 from neo.runtime.executor import Executor
 from neo.runtime.kv_memory import available_bytes
 from neo.runtime.machine import local_hardware, split_cores
 from neo.runtime.model import Model
 
-if TYPE_CHECKING:
-    from neo.runtime.setup import EngineConfig
-
-DeviceKind = Literal["auto", "cpu", "cuda"]
 _GIB = 1 << 30
 _GPU_KV, _CPU_KV = _GIB, 2 * _GIB  # bytes that KV takes of this machine's memory unless told otherwise
 

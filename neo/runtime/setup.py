@@ -2,70 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from neo.core.errors import InputError
 from neo.core.record import RunRecord
 from neo.core.request import Tier
 from neo.core.runlog import RunLog
 from neo.core.specs import HardwareSpec, ModelSpec
-from neo.core.view import Limits
 from neo.cost.loading import load_cost_model
 from neo.cost.presets import load_hardware
-from neo.runtime.backend import Kind
 from neo.runtime.block_tables import BlockTables
-from neo.runtime.device import Device, DeviceKind, device_of
+from neo.runtime.device import Device, device_of
 from neo.runtime.engine import Engine, EngineOptions
+from neo.runtime.engine_config import THIS_MACHINE, EngineConfig
 from neo.runtime.model import Model
 from neo.system.config import System, SystemConfig, kv_blocks
-
-THIS_MACHINE = "this"
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """An engine: what runs, under which budgets and which policy.
-
-    Attributes:
-        model: a Hugging Face folder; with ``load_format="dummy"`` also a preset's name.
-        hardware: what the policy is told: ``this`` machine, or a preset.
-        cost_model: as ``--cost``; the policy's estimates.
-        limits: step budgets.
-        max_model_len: longest prompt and output together; None for what model and KV budgets allow.
-        gpu_threads: of torch, which stands for the GPU; None shares the cores out.
-        cpu_threads: of CPU attention.
-        backend: ``native`` kernels, ``torch``, or what there is (``auto``).
-        ahead: plan the next step while one runs.
-        device: what the model runs on; ``auto`` takes a GPU where there is one.
-        gpu_memory_bytes: of a GPU's memory to be used at most.
-        graphs: replay steps that only decode as CUDA graphs.
-    """
-
-    model: str
-    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
-    dtype: str | None = None
-    policy: str = "neo"
-    policy_options: Mapping[str, str] = field(default_factory=dict)
-    hardware: str = THIS_MACHINE
-    cost_model: str = "roofline"
-    cost_options: Mapping[str, str] = field(default_factory=dict)
-    limits: Limits = field(default_factory=Limits)
-    kv_gpu_blocks: int | None = None
-    kv_cpu_blocks: int | None = None
-    kv_gpu_bytes: int | None = None
-    kv_cpu_bytes: int | None = None
-    max_model_len: int | None = None
-    gpu_threads: int | None = None
-    cpu_threads: int | None = None
-    cpu_cores: tuple[int, ...] | None = None
-    backend: Kind = "auto"
-    seed: int = 0
-    ahead: bool = False
-    device: DeviceKind = "auto"
-    gpu_memory_bytes: int | None = None
-    graphs: bool = True
 
 
 class EngineParts:

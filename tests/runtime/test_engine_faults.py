@@ -24,8 +24,9 @@ from neo.policy.registry import load_policy
 from neo.runtime import cpu_library, device, kv_memory
 from neo.runtime.backend_torch import TorchJob
 from neo.runtime.engine import Engine
+from neo.runtime.engine_config import EngineConfig
 from neo.runtime.errors import EngineError
-from neo.runtime.setup import EngineConfig, EngineParts
+from neo.runtime.setup import EngineParts
 
 KINDS = [
     pytest.param(

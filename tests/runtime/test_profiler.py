@@ -23,9 +23,10 @@ from neo.core.view import Limits
 from neo.cost.loading import load_cost_model
 from neo.cost.profiled import Profiled
 from neo.cost.table_schema import AXES, check_table
+from neo.runtime.engine_config import EngineConfig
 from neo.runtime.profile import Profiler, _Samples
 from neo.runtime.profile_grid import Grid, corner, powers, to_corners, within
-from neo.runtime.setup import EngineConfig, EngineParts
+from neo.runtime.setup import EngineParts
 
 LIMITS = Limits(block_size=16, max_seqs=24, max_batch_tokens=96)
 BUDGETS = {

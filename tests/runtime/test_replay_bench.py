@@ -19,9 +19,10 @@ from neo.core.request import FinishReason, State
 from neo.core.runlog import RunLog
 from neo.policy.gpu_only import GpuOnly
 from neo.runtime import replay as module
+from neo.runtime.engine_config import EngineConfig
 from neo.runtime.prompts import random_prompts, read_prompts
 from neo.runtime.replay import Replay, ReplayOptions, wait_until, warm_up
-from neo.runtime.setup import EngineConfig, EngineParts
+from neo.runtime.setup import EngineParts
 from neo.workload import TraceRequest, Workload, read_trace
 
 TINY = """

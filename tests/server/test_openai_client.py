@@ -15,8 +15,9 @@ from serving import MODEL, Served, stream_of
 
 from neo import __version__
 from neo.runtime import tiny
+from neo.runtime.engine_config import EngineConfig
 from neo.runtime.sampling_params import SamplingParams
-from neo.runtime.setup import EngineConfig, EngineParts
+from neo.runtime.setup import EngineParts
 
 QUESTION = [{"role": "user", "content": "What is a KV cache?"}]
 ANSWER = (

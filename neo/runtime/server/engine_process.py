@@ -27,6 +27,7 @@ from neo.core.record import RunRecord
 from neo.core.request import FinishReason, Request, Tier
 from neo.core.runlog import RunLog
 from neo.runtime.engine import Engine, Output
+from neo.runtime.engine_config import EngineConfig
 from neo.runtime.errors import EngineError
 from neo.runtime.server.launch import Built, Launch
 from neo.runtime.server.messages import (
@@ -42,7 +43,7 @@ from neo.runtime.server.messages import (
     frame,
 )
 from neo.runtime.server.watching import LiveRecord, StepWatch, WatchedExecutor
-from neo.runtime.setup import EngineConfig, EngineParts
+from neo.runtime.setup import EngineParts
 from neo.system.config import System
 
 EXIT_INPUT, EXIT_FAILED = 2, 1

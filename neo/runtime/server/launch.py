@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from neo.core.record import RunRecord
-from neo.runtime.engine import Engine
-from neo.runtime.setup import EngineConfig
+from neo.runtime.engine_config import EngineConfig
 from neo.system.config import System
 
-Built = tuple[Engine, System]
+if TYPE_CHECKING:
+    from neo.runtime.engine import Engine  # brings torch, which only the engine's process needs
+
+Built: TypeAlias = "tuple[Engine, System]"
 
 
 @dataclass(frozen=True, slots=True)
