@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ import typer
 from neo.cli import engine_options as eng
 from neo.cli import options as opt
 from neo.cli.flags import key_values
+from neo.core.errors import InputError
 from neo.core.view import Limits
 from neo.report.files import atomic, portable_command
 
@@ -102,7 +103,19 @@ def profile(
     with ExitStack() as stack:
         progress = _progress(stack) if not quiet else None
         command = " ".join(["neo", *portable_command(sys.argv[1:])])
-        document = Profiler(parts, parts.system(), quick, progress).document(command)
+        profiler = Profiler(parts, parts.system(), quick, progress)
+        try:
+            out.mkdir(parents=True, exist_ok=True)  # now, not when a minute's work is to be written
+        except OSError as error:
+            raise InputError(f"cannot write into --out {out}: {error.strerror}") from error
+        try:
+            document = profiler.document(command)
+        except BaseException as error:
+            with suppress(OSError):  # it holds an earlier profile
+                out.rmdir()
+            if isinstance(error, KeyboardInterrupt):
+                print("interrupted: nothing is written", file=sys.stderr)
+            raise
     check_table(document, TABLE_FILE)
     with atomic(out / TABLE_FILE) as path:
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -244,6 +244,8 @@ def run_all(runs: Sequence[Run[Any]], output: Output, quiet: bool, as_json: bool
         except (NeoError, KeyboardInterrupt):
             if results:  # what the policies before this one gave is not lost
                 show(results, replace(output, plots=False), as_json)
+            if names[i + 1 :]:
+                print(f"not run: {', '.join(names[i + 1 :])}", file=sys.stderr)
             raise
     show(results, output, as_json)
 

@@ -23,11 +23,13 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from neo.core.errors import InputError
 from neo.core.plugins import close_matches
+from neo.runtime.kv_memory import available_bytes
 from neo.runtime.model_config import ModelConfig, named_config, read_config
 from neo.runtime.rope import Rope, RotaryEmbedding, rotate
 from neo.runtime.weights import Checkpoint, RandomWeights, Weights, load_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_GIB = 1 << 30
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 
@@ -83,6 +85,7 @@ class Model:
         config = named_config(str(source)) if dummy and not _is_hugging_face(path) else read_config(path)
         config = replace(config, dtype=dtype or config.dtype)
         place = (DTYPES[config.dtype], _usable(device))
+        _check_room(config, place[1])
         if dummy:
             return cls(config, load_weights(config, RandomWeights(seed, config.layers), *place))
         if not path.is_dir():
@@ -137,6 +140,17 @@ class Model:
         """Logits, float32 ``[R, vocab]``, of the rows ``hidden [R, hidden]`` that a token is wanted for."""
         x = rms_norm(hidden, (self.config.hidden,), self.weights.norm, self.config.rms_eps)
         return linear(x, self.weights.head).float()
+
+
+def _check_room(config: ModelConfig, device: torch.device) -> None:
+    """Raise InputError, with the numbers, before a model is read that its memory cannot hold."""
+    asked = config.spec().weight_bytes
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    if free is not None and asked > free:
+        raise InputError(
+            f"model '{config.name}': weights in {config.dtype} take {asked / _GIB:.1f} GiB, "
+            f"{free / _GIB:.1f} GiB of the memory of '{device.type}' are free"
+        )
 
 
 def _usable(device: str | torch.device) -> torch.device:

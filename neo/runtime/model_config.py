@@ -264,13 +264,13 @@ def _check_architecture(data: dict[str, Any], path: Path) -> None:
     supported = f"neo serves {', '.join(ARCHITECTURES)}"
     if kind is None:
         raise InputError(f"model config {path}: model_type: is missing; {supported}")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise InputError(
             f"model config {path}: model_type: '{kind}' is not supported"
             f"{close_matches(str(kind), ARCHITECTURES)}; {supported}"
         )
     classes = data.get("architectures") or [ARCHITECTURES[kind]]
-    if isinstance(classes, list) and str(classes[0]).lower() != ARCHITECTURES[kind].lower():
+    if isinstance(classes, list) and classes and str(classes[0]).lower() != ARCHITECTURES[kind].lower():
         raise InputError(
             f"model config {path}: architectures: '{classes[0]}' is not supported; "
             f"a {kind} model must be {ARCHITECTURES[kind]}"

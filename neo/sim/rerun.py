@@ -22,8 +22,13 @@ def check_outcomes(journal: Journal, rows: Mapping[str, RequestRow], path: Path,
         complete: whether the run came to its end; otherwise a request may have ended behind the log's end.
 
     Raises:
-        InputError: a row that is not of this log, naming file and line.
+        InputError: a row that is not of this log, naming file and line, or a request without one.
     """
+    for ended in journal.requests.values():
+        if ended.finish_reason is not None and ended.id not in rows:
+            raise InputError(
+                f"{path}: holds no request {ended.id!r}, which ended in the run log: the file is cut off"
+            )
     for row in rows.values():
         request = journal.requests.get(row.id)
         if row.reason is None or request is None or (request.finish_reason is None and not complete):

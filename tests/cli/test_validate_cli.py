@@ -180,6 +180,14 @@ def test_a_missing_file_is_named(run: Path, name: str) -> None:
         neo("validate", run)
 
 
+@pytest.mark.parametrize("kept", [0, 12])
+def test_a_cut_off_requests_file_is_refused(run: Path, kept: int) -> None:
+    path = run / "requests.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[: 1 + kept]) + "\n")
+    with pytest.raises(InputError, match=r"requests\.csv: holds no request '.*', .*the file is cut off"):
+        neo("validate", run)
+
+
 def test_requests_of_another_run_are_refused(run: Path, runs: Path) -> None:
     shutil.copy(runs / "two" / "requests.csv", run)
     with pytest.raises(InputError, match=r"requests\.csv:\d+: request '\d+' (has|ended)"):

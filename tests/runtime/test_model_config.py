@@ -274,3 +274,11 @@ def test_every_preset_of_the_family_can_be_run() -> None:
 def test_reading_a_config_needs_no_torch() -> None:
     code = "import sys; import neo.runtime.model_config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", [["llama"], {}, 3])
+def test_a_model_type_that_is_no_name_is_refused(tmp_path: Path, kind: object) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(InputError, match="model_type: .* is not supported"):
+        read_config(path)

@@ -18,6 +18,7 @@ from model_builders import save_tiny
 from safetensors.torch import load_file, save_file
 
 from neo.core.errors import InputError
+from neo.runtime import model as model_module
 from neo.runtime.model import Model
 from neo.runtime.model_config import ModelConfig
 from neo.runtime.weights import RandomWeights, Weights, load_weights
@@ -218,3 +219,13 @@ def test_the_example_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
     code = page.partition("```python\n")[2].partition("```")[0]
     exec(code, {})
     assert capsys.readouterr().out == code.rpartition("# ")[2]
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_module, "available_bytes", lambda: 1 << 20)
+    with pytest.raises(
+        InputError, match=r"stories15m.*weights in float32 take 0\.\d GiB, 0\.0 GiB of the memory"
+    ):
+        Model.load("stories15m", load_format="dummy")

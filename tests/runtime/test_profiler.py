@@ -156,9 +156,10 @@ def test_a_run_within_the_profiled_budgets_is_priced_without_extrapolation(
             fresh.seconds(kind, work)
     assert fresh.describe()["warnings"] == []
     asked = system.cost.describe()["warnings"]
-    if policy == "neo":  # its picture of a steady state is of mean steps, whose sizes are rounded
+    if policy == "neo":  # its picture of a steady state has all decodes beside a full budget of prompts
         limits = [re.search(r"above the grid's last value (\d+), up to (\d+)$", w) for w in asked]
-        assert all(found and int(found[2]) <= 1.25 * int(found[1]) for found in limits), asked
+        most = system.config.limits.max_seqs + 8  # and the prompts that end in such a step
+        assert all(found and int(found[2]) <= int(found[1]) + most for found in limits), asked
     else:
         assert asked == []
 

@@ -119,9 +119,9 @@ def test_clients_that_give_up_and_a_server_that_refuses(tmp_path: Path) -> None:
         neo_bench("--url", served.url, "--api-key", "k", *load, "--timeout", "1", "--out", out, "--no-plots")
         summary = json.loads((out / "summary.json").read_text())
         assert summary["requests"] == {"submitted": 8, "completed": 0, "rejected": 6, "aborted": 2}
-        ((error, count),) = summary["engine"]["errors"].items()
-        assert count == summary["engine"]["failed"] == 6
-        assert error.startswith("HTTP 503: the queue is full")
+        errors = summary["engine"]["errors"]  # one, or two that advise another time to wait
+        assert sum(errors.values()) == summary["engine"]["failed"] == 6
+        assert all(error.startswith("HTTP 503: the queue is full") for error in errors)
         assert summary["warnings"][0].startswith("6 of 8 requests failed: HTTP 503")
         assert [r["finish_reason"] for r in rows_of(out)].count("timeout") == 2
         assert '"k"' not in (out / "summary.json").read_text()
