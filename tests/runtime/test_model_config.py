@@ -280,5 +280,5 @@ def test_reading_a_config_needs_no_torch() -> None:
 def test_a_model_type_that_is_no_name_is_refused(tmp_path: Path, kind: object) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(InputError, match="model_type: .* is not supported"):
+    with pytest.raises(InputError, match=r"model_type: .* is not supported"):
         read_config(path)

@@ -221,11 +221,7 @@ def test_the_example_of_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == code.rpartition("# ")[2]
 
 
-def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_model_that_memory_cannot_hold_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_module, "available_bytes", lambda: 1 << 20)
-    with pytest.raises(
-        InputError, match=r"stories15m.*weights in float32 take 0\.\d GiB, 0\.0 GiB of the memory"
-    ):
+    with pytest.raises(InputError, match=r"stories15m.*weights in float32 take 0\.\d GiB, 0\.0 GiB of"):
         Model.load("stories15m", load_format="dummy")
