@@ -10,7 +10,7 @@ import typer
 
 from neo import __version__
 from neo.cli import bench, compare, doctor, listings, profile, serve, show, simulate, trace, validate
-from neo.core.errors import InputError, NeoError
+from neo.core.errors import InputError, NeoError, one_line
 
 app = typer.Typer(
     name="neo",
@@ -78,5 +78,5 @@ def main() -> None:
 
 def fail(error: NeoError) -> int:
     """Print an error in one line; the exit code for it."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(str(error))}", file=sys.stderr)
     return 2

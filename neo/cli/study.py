@@ -11,17 +11,29 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from neo.core.errors import InputError
+from neo.core.errors import InputError, has_control
 from neo.core.plugins import close_matches
 
 LATENCY = "latency_per_output_token_s_mean"
 CASE = "case"  # the axis that [[case]] tables span
 TRACES = "NEO_TRACES"  # the environment variable that says where traces are
+
+MOST_POINTS = 100_000
+"""More are taken for a mistake: they would run for days."""
 
 Plain = str | bool | int | float
 
@@ -66,6 +78,13 @@ class Settings(BaseModel):
     slo: str | None = None
     drop_first: float = Field(default=0.0, ge=0, lt=1)
     bubbles: bool = False
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name != "bubbles":
+            raise ValueError("only bubbles is true or false")
+        return value
 
     @field_validator("policy_opt", "cost_opt", mode="before")
     @classmethod
@@ -112,6 +131,13 @@ class StudyFile(BaseModel):
     sustained: Sustained | None = None
     published: Published | None = None
 
+    @field_validator("title")
+    @classmethod
+    def _is_plain(cls, title: str) -> str:
+        if has_control(title):
+            raise ValueError(f"control characters in {title!r}")
+        return title
+
     @model_validator(mode="after")
     def _labels_differ(self) -> StudyFile:
         for name, tables in (("system", self.system), ("case", self.case)):
@@ -119,6 +145,8 @@ class StudyFile(BaseModel):
             for label in labels:
                 if not label:
                     raise ValueError(f"every [[{name}]] needs a label")
+                if has_control(label):
+                    raise ValueError(f"[[{name}]]: control characters in the label {label!r}")
                 if labels.count(label) > 1:
                     raise ValueError(f"two [[{name}]] tables have the label '{label}'")
         return self
@@ -250,12 +278,16 @@ def _first_problem(error: ValidationError, data: Mapping[str, Any]) -> str:
     table, *fields = place or [""]
     known: list[str] = [*StudyFile.model_fields] if not fields else []
     where = f"{table}" if not fields else f"[{table}] {'.'.join(map(str, fields))}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = _message(problem)
     if problem["type"] == "extra_forbidden":
         models: dict[Any, type[BaseModel]] = {"sustained": Sustained, "published": Published}
         known = known or [*models[table].model_fields]
         message = f"unknown{close_matches(str(place[-1]), known)}"
     return f"{where}: {message}" if where else message
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    return str(problem["msg"]).removeprefix("Value error, ")
 
 
 def _axes(file: StudyFile, where: str) -> dict[str, dict[str, Any]]:
@@ -273,7 +305,13 @@ def _axes(file: StudyFile, where: str) -> dict[str, dict[str, Any]]:
         labelled = values if isinstance(values, dict) else {_axis_label(v): v for v in values}
         if not labelled or (isinstance(values, list) and len(labelled) != len(values)):
             raise InputError(f"{where}: [vary] {raw}: expected different values, got {values}")
+        if wrong := next((label for label in labelled if has_control(label)), None):
+            raise InputError(f"{where}: [vary] {raw}: control characters in {wrong!r}")
         axes[name] = dict(labelled)
+    count = len(file.system) * prod(map(len, axes.values()))
+    if count > MOST_POINTS:
+        sizes = [f"system {len(file.system)}", *(f"{name} {len(values)}" for name, values in axes.items())]
+        raise InputError(f"{where}: {count} points ({' x '.join(sizes)}), at most {MOST_POINTS} are run")
     return axes
 
 
@@ -314,7 +352,9 @@ def _flags(table: Any, where: str, heading: str) -> dict[str, Any]:
         try:
             Settings.model_validate({name: value})
         except ValidationError as error:
-            raise InputError(f"{where}: {heading} {raw}: {error.errors()[0]['msg']}, got {value!r}") from None
+            raise InputError(
+                f"{where}: {heading} {raw}: {_message(error.errors()[0])}, got {value!r}"
+            ) from None
         flags[name] = value
     return flags
 
@@ -338,7 +378,7 @@ def _settings(merged: dict[str, Any], where: str, label: str, folders: list[Path
     except ValidationError as error:
         problem = error.errors()[0]
         raise InputError(
-            f"{where}: {label}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            f"{where}: {label}: {'.'.join(map(str, problem['loc']))}: {_message(problem)}"
         ) from None
     changes: dict[str, str] = {}
     if settings.trace is not None:

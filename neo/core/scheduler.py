@@ -14,14 +14,13 @@ know: times, and requests that stopped early.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from neo.core.blocks import BlockPool
 from neo.core.books import Books
-from neo.core.errors import InputError, NeoError, PlanError, PolicyError
+from neo.core.errors import InputError, NeoError, PlanError, PolicyError, raised
 from neo.core.graph import StepGraph
 from neo.core.growth import new_layer_blocks, repeats_fit
 from neo.core.pipeline import compile
@@ -292,14 +291,10 @@ class Scheduler:
     def _ask(self) -> StepPlan:
         try:
             plan = self.policy.plan(self.view, self.cost)
-        except NeoError:
+        except (NeoError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:  # a policy must not end the process that runs it
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
-            raise PolicyError(
-                f"policy {self._name} raised {type(error).__name__} at {where}: {error}"
-            ) from error
+        except BaseException as error:  # SystemExit, GeneratorExit: a policy must not end what runs it
+            raise PolicyError(f"policy {self._name} raised {raised(error)}") from error
         if not isinstance(plan, StepPlan):
             raise PolicyError(f"policy {self._name} returned {type(plan).__name__}, not a StepPlan")
         return plan

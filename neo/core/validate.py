@@ -52,15 +52,25 @@ def check(view: SystemView, plan: StepPlan) -> None:
 
 
 def _check_types(plan: StepPlan) -> None:
-    """A generator where a tuple belongs would be empty the second time somebody looks."""
+    """Tuples: a generator would be empty the second time somebody looks. Integers: 50.0 indexes nothing."""
     parts = [type(plan.batches), type(plan.moves), type(plan.evict), type(plan.reject)]
     for b in plan.batches:
         parts += [type(b.prefill), type(b.gpu_decode), type(b.cpu_decode), type(b.stream_decode)]
     if parts.count(tuple) != len(parts):
         other = next(p for p in parts if p is not tuple)
         raise TypeError(f"{other.__name__} instead of a tuple")
-    if type(plan.why) is not str or not (isinstance(plan.repeat, int) and isinstance(plan.ring, int)):
-        raise TypeError("why is a text, repeat and ring are whole numbers")
+    if type(plan.why) is not str:
+        raise TypeError("why is a text")
+    if type(plan.repeat) is not int:
+        raise PlanError("repeat", f"repeat is {plan.repeat!r}, not a whole number")
+    if type(plan.ring) is not int:
+        raise PlanError("staging", f"a ring of {plan.ring!r} buffers, not a whole number")
+    for b in plan.batches:
+        for c in b.prefill:
+            if type(c.start) is not int or type(c.length) is not int:
+                raise PlanError(
+                    "chunk", f"start {c.start!r}, length {c.length!r}: not whole numbers", c.request.id
+                )
 
 
 def _check_plain(view: SystemView, plan: StepPlan, batch: SubBatch) -> None:
@@ -159,6 +169,8 @@ def _check_moves(view: SystemView, plan: StepPlan) -> dict[str, int]:
     for m in plan.moves:
         r = m.request
         start, stop = m.layers or (0, layers)
+        if type(start) is not int or type(stop) is not int:
+            raise PlanError("moves", f"layers {start!r}..{stop!r}: not whole numbers", r.id)
         if not 0 <= start < stop <= layers:
             raise PlanError("moves", f"layers {start}..{stop} of a model with {layers}", r.id)
         mask = ((1 << (stop - start)) - 1) << start

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from neo.core.errors import InputError
+from neo.core.errors import InputError, NeoError, raised
 from neo.workload.base import TraceRequest, Workload, whole_number
 from neo.workload.registry import (
     TraceFormat,
@@ -20,6 +21,7 @@ from neo.workload.registry import (
     trace_format,
 )
 from neo.workload.source import (
+    MAX_TOKENS,
     FieldError,
     Source,
     Timestamps,
@@ -60,7 +62,11 @@ def _collect(source: Source, known: TraceFormat, limit: int | None) -> list[Trac
     requests: list[TraceRequest] = []
     latest = 0.0
     try:
-        for request in islice(known.read(source), limit):
+        rows: Any = known.read(source)
+        if not isinstance(rows, Iterable):
+            raise source.error(f"reader '{known.name}' returned {type(rows).__name__}, not requests")
+        for request in islice(rows, limit):
+            _check_request(request, known)
             arrival = request.arrival_s
             if arrival < latest:
                 raise source.error(f"time goes backwards: {arrival} s comes after {latest} s")
@@ -68,7 +74,39 @@ def _collect(source: Source, known: TraceFormat, limit: int | None) -> list[Trac
             requests.append(request)
     except FieldError as error:
         raise source.error(str(error)) from None
+    except NeoError:
+        raise
+    except (Exception, SystemExit) as error:  # a reader is a user's code too
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # the trace itself cannot be read
+        code = getattr(known.read, "__code__", None)
+        what = raised(error, getattr(code, "co_filename", None))
+        raise source.error(f"reader '{known.name}' raised {what}") from error
     return requests
+
+
+def _check_request(request: Any, known: TraceFormat) -> None:
+    """FieldError if what a reader yields is no request that can be run."""
+    if not isinstance(request, TraceRequest):
+        wanted = f"reader '{known.name}' must yield TraceRequest"
+        raise FieldError("request", f"{wanted}, got {type(request).__name__}")
+    identity, arrival, prompt, output, priority, timeout, abort = request
+    _check_identity(identity)
+    if not _is_time(arrival):
+        raise FieldError("arrival_s", f"expected a time in seconds, got {shown(arrival)}")
+    for field, tokens in (("prompt_tokens", prompt), ("output_tokens", output)):
+        if type(tokens) is not int or not 0 < tokens <= MAX_TOKENS:
+            raise FieldError(field, f"expected an integer from 1 to {MAX_TOKENS}, got {shown(tokens)}")
+    if type(priority) is not int:
+        raise FieldError("priority", f"expected an integer, got {shown(priority)}")
+    if timeout is not None and not (_is_time(timeout) and timeout > 0):
+        raise FieldError("timeout_s", f"expected a time in seconds above zero, got {shown(timeout)}")
+    if abort is not None and not _is_time(abort):
+        raise FieldError("abort_s", f"expected a time in seconds, got {shown(abort)}")
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, (int, float)) and type(value) is not bool and 0 <= value < math.inf
 
 
 @trace_format(
@@ -209,8 +247,10 @@ def read_jsonl(source: Source) -> Iterator[TraceRequest]:
 
 def _identity(record: dict[str, Any], number: int) -> str:
     identity = record.get("id")
-    if identity is None:
-        return str(number)
+    return str(number) if identity is None else _check_identity(identity)
+
+
+def _check_identity(identity: object) -> str:
     if isinstance(identity, str) and 0 < len(identity) <= _MAX_ID_CHARS and identity.isprintable():
         return identity
     raise FieldError("id", f"expected 1 to {_MAX_ID_CHARS} printable characters, got {shown(identity)}")

@@ -60,8 +60,9 @@ class Source:
         self._columns: list[str] = []
 
     def error(self, problem: str, line: int | None = None) -> InputError:
-        """An error at a line, by default the current one."""
-        return InputError(f"{self.name}:{self.line if line is None else line}: {problem}")
+        """An error at a line, by default the current one (none before the first)."""
+        number = self.line if line is None else line
+        return InputError(f"{self.name}:{number}: {problem}" if number else f"{self.name}: {problem}")
 
     def lines(self) -> Iterator[str]:
         """Every line, its end included; InputError where one is not text."""

@@ -24,7 +24,7 @@ SMALL = [
 COMMAND = [sys.executable, "-m", "neo", "simulate", "--quiet", "--no-plots"]
 CODE = """
 import math
-from neo.core.plan import StepPlan, SubBatch
+from neo.core.plan import PrefillChunk, StepPlan, SubBatch
 from neo.policy.gpu_only import GpuOnly
 
 class Later(GpuOnly):
@@ -56,6 +56,20 @@ class Delays(Later):
 
 class Robs(Later):
     def bad(self, view): view.pools["gpu"] = None
+
+class Leaves(Later):
+    def bad(self, view): raise GeneratorExit
+
+class Empty(Later):
+    def bad(self, view): raise StopIteration
+
+class Halves(GpuOnly):
+    def plan(self, view, cost):
+        r = next(iter(view.waiting))
+        return StepPlan((SubBatch((PrefillChunk(r, 0, r.remaining_prefill / 1),)),))
+
+class Colours(Later):
+    def bad(self, view): raise ValueError("\\x1b[31mred\\0")
 
 class Stages(GpuOnly):
     staging_layers = 10**6
@@ -108,6 +122,10 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         (["-p", "bad.py:Shortens"], "changed request"),
         (["-p", "bad.py:Delays"], "changed request"),
         (["-p", "bad.py:Robs"], "Robs raised TypeError at bad.py:"),
+        (["-p", "bad.py:Leaves"], "Leaves raised GeneratorExit at bad.py:37\n"),
+        (["-p", "bad.py:Empty"], "Empty raised StopIteration at bad.py:40\n"),
+        (["-p", "bad.py:Halves"], "(request 0): start 0, length "),
+        (["-p", "bad.py:Colours"], "at bad.py:48: \ufffd[31mred\ufffd\n"),
         (["-p", "bad.py:Stages"], "staging_layers is 1000000"),
         *[
             (["--cost", f"bad.py:{c}", "-p", "gpu-only"], c)
@@ -172,6 +190,34 @@ def test_a_signal_leaves_partial_results(folder: Path, number: signal.Signals, c
     assert summary["interrupted"]
     assert 0 < summary["requests"]["completed"] < 20000
     assert summary["metrics"]["utilization"]["gpu"] <= 1.0
+
+
+READER = """
+from neo.workload import TraceRequest, trace_format
+
+@trace_format("mine", "text", lambda source: False)
+def read(source):
+    for line in source.lines():
+        yield TraceRequest("0", 0.0, int(line), 4)
+"""
+
+
+@pytest.mark.parametrize("command", [["simulate"], ["compare", "--quiet"], ["trace", "describe"]])
+def test_a_reader_that_fails_is_named_by_every_command(folder: Path, command: list[str]) -> None:
+    (folder / "reader.py").write_text(READER)
+    (folder / "t.txt").write_text("5\nx\n")
+    trace = ["t.txt"] if command[0] == "trace" else ["--trace", "t.txt", "--rate", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "neo", *command, *trace, "--format", "reader.py:read"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert "t.txt:2: reader 'mine' raised ValueError at reader.py:7: invalid literal" in done.stderr
 
 
 def test_files_of_an_earlier_run_do_not_stay(folder: Path) -> None:

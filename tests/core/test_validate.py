@@ -334,6 +334,47 @@ def test_a_policy_that_raises_is_named_and_changes_nothing() -> None:
     assert snapshot(stage.scheduler) == before
 
 
+@pytest.mark.parametrize("what", [StopIteration, GeneratorExit, MemoryError])
+def test_whatever_a_policy_raises_is_its_error_and_has_no_dangling_colon(what: type[BaseException]) -> None:
+    class Careless:
+        def plan(self, view: Any, cost: Any) -> StepPlan:
+            raise what
+
+    stage = Stage()
+    stage.scheduler.policy = Careless()
+    with pytest.raises(PolicyError, match=rf"policy Careless raised {what.__name__} at [\w.]+:\d+$"):
+        stage.scheduler.plan_step(0.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said", "request_id", "plan"),
+    [
+        ("chunk", "length 6.0", "new", lambda s: one(chunk(s.new, 6.0))),  # type: ignore[arg-type]
+        ("chunk", "length '6'", "new", lambda s: one(chunk(s.new, "6"))),  # type: ignore[arg-type]
+        ("chunk", "start 5.0", "part", lambda s: one(chunk(s.part, 7, start=5.0))),  # type: ignore[arg-type]
+        ("chunk", "length True", "new", lambda s: one(chunk(s.new, True), gpu=s.scheduler.view.gpu_decodes)),
+        ("repeat", "1.5", None, lambda s: one(gpu=[s.gpu], repeat=1.5)),
+        ("repeat", "True", None, lambda s: one(gpu=[s.gpu], repeat=True)),
+        ("staging", "1.0", None, lambda s: one(gpu=[s.gpu], ring=1.0)),
+        (
+            "moves",
+            "0.0..2",
+            "gpu",
+            lambda s: one(gpu=[s.g2], moves=(KVMove(s.gpu, CPU, (0.0, 2)),)),  # type: ignore[arg-type]
+        ),
+    ],
+)
+def test_numbers_of_a_plan_are_integers(rule: str, said: str, request_id: str | None, plan: Broken) -> None:
+    stage = Stage()
+    stage.scheduler.policy = Fixed(plan(stage), staging_layers=1)
+    before = snapshot(stage.scheduler)
+    with pytest.raises(PlanError, match=r"not (a )?whole number") as caught:
+        stage.scheduler.plan_step(0.0)
+    assert (caught.value.rule, caught.value.request_id) == (rule, request_id)
+    assert said in str(caught.value)
+    assert snapshot(stage.scheduler) == before
+
+
 @pytest.mark.parametrize(("answer", "name"), [(None, "NoneType"), ((), "tuple"), ("idle", "str")])
 def test_a_policy_that_returns_no_plan_is_named(answer: Any, name: str) -> None:
     stage = Stage()

@@ -67,6 +67,16 @@ def test_options_of_all_levels_add_up() -> None:
         ({"titel": "x"}, "titel: unknown, did you mean 'title'"),
         ({"published": {"file": "none.toml", "figure": "1"}}, "[published] file: no such file"),
         ({"settings": {"trace": "gone.csv"}}, "trace gone.csv: no such file"),
+        ({"vary": {"kv-gpu-blocks": [True]}}, "kv_gpu_blocks: only bubbles is true or false"),
+        ({"settings": {**SYNTHETIC, "rate": True}}, "[settings] rate: only bubbles is true or false"),
+        ({"title": "\x1b[31mred"}, "title: control characters in '\\x1b[31mred'"),
+        ({"system": [{"label": "a\0", "policy": "neo"}]}, "[[system]]: control characters in the label"),
+        ({"case": [{"label": "a\x9b"}]}, "[[case]]: control characters in the label"),
+        ({"vary": {"rate": {"\x1b[2J": 1}}}, "[vary] rate: control characters in '\\x1b[2J'"),
+        (
+            {"vary": {"rate": list(range(1, 2001)), "seed": list(range(2000))}},
+            "4000000 points (system 1 x rate 2000 x seed 2000), at most 100000 are run",
+        ),
     ],
 )
 def test_mistakes_name_table_and_field(change: dict[str, Any], said: str) -> None:

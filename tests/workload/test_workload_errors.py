@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neo.core.errors import InputError
-from neo.workload import FORMATS, Source, TraceRequest, read_trace, trace_format
+from neo.workload import FORMATS, Source, TraceFormat, TraceRequest, read_trace, trace_format
+from neo.workload.registry import Reader
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 TIME = "2023-11-16 18:17:03.9799600"
@@ -315,6 +316,44 @@ def test_a_plugin_is_found_by_name_and_by_content(monkeypatch: pytest.MonkeyPatc
             with pytest.raises(InputError, match="'pairs' is already registered"):
                 _register_pairs()
     assert list(FORMATS) == before
+
+
+def _raising(source: Source):  # type: ignore[no-untyped-def]
+    raise RuntimeError
+    yield
+
+
+def _row(**change: object):  # type: ignore[no-untyped-def]
+    row = {"id": "0", "arrival_s": 0.0, "prompt_tokens": 1, "output_tokens": 1} | change
+    return lambda source: iter([TraceRequest(**row)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (_raising, r"reader 'odd' raised RuntimeError at test_workload_errors.py:\d+$"),
+        (lambda source: None, "reader 'odd' returned NoneType, not requests"),
+        (lambda source: iter([(1, 2)]), "reader 'odd' must yield TraceRequest, got tuple"),
+        (_row(prompt_tokens=3.5), "field prompt_tokens: expected an integer from 1 to 10000000, got 3.5"),
+        (_row(output_tokens="4"), "field output_tokens: .* got '4'"),
+        (_row(output_tokens=-4), "field output_tokens: .* got -4"),
+        (_row(arrival_s="0"), "field arrival_s: expected a time in seconds, got '0'"),
+        (_row(arrival_s=float("nan")), "field arrival_s: .* got NaN"),
+        (_row(id=7), "field id: expected 1 to 200 printable characters, got 7"),
+        (_row(priority=None), "field priority: expected an integer, got null"),
+        (_row(timeout_s=0), "field timeout_s: expected a time in seconds above zero, got 0"),
+        (_row(abort_s=-1.0), "field abort_s: expected a time in seconds, got -1.0"),
+    ],
+)
+def test_what_a_users_reader_does_wrong_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, read: Reader, message: str
+) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("anything")
+    monkeypatch.setitem(FORMATS, "odd", TraceFormat("odd", "", lambda source: False, read))
+    with pytest.raises(InputError, match=message) as caught:
+        read_trace(path, "odd")
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_the_format_shown_in_the_docs_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

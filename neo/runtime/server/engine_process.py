@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import msgspec
 
-from neo.core.errors import InputError, NeoError, PlanError
+from neo.core.errors import InputError, NeoError, PlanError, one_line
 from neo.core.logreader import LOG_FILE
 from neo.core.record import RunRecord
 from neo.core.request import FinishReason, Request, Tier
@@ -230,7 +230,11 @@ class EngineLoop:
             del self._requests[key]
             self.engine.abort(request_id)
             self._events.append(Event(key, reason="policy", detail=str(error)))
-        print(f"policy error, {len(which)} request(s) ended: {error}", file=sys.stderr, flush=True)
+        print(
+            f"policy error, {len(which)} request(s) ended: {one_line(str(error))}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _report(self, outputs: list[Output], handled: bool) -> None:
         keys: list[int] = []
