@@ -25,7 +25,7 @@ class Detokenizer:
         self._stream = DecodeStream(list(prompt[-_TAIL:]), skip_special)
 
     def push(self, token: int) -> str:
-        """What ``token`` adds; empty while a character is not whole."""
+        """What ``token`` adds; empty while a character is not whole, or is U+FFFD, which looks like that."""
         self._pending.append(token)
         try:
             text = self._stream.step(self._tokenizer, token)
