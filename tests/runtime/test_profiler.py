@@ -157,9 +157,12 @@ def test_a_run_within_the_profiled_budgets_is_priced_without_extrapolation(
     assert fresh.describe()["warnings"] == []
     asked = system.cost.describe()["warnings"]
     if policy == "neo":  # its picture of a steady state has all decodes beside a full budget of prompts
-        limits = [re.search(r"above the grid's last value (\d+), up to (\d+)$", w) for w in asked]
-        most = system.config.limits.max_seqs + 8  # and the prompts that end in such a step
-        assert all(found and int(found[2]) <= int(found[1]) + most for found in limits), asked
+        ending = 4  # prompts that end in such a step, with a row each
+        beyond = {"sequences": ending, "tokens": ending + system.config.limits.max_seqs}
+        for warning in asked:
+            found = re.search(r", (\w+): \d+ .* above the grid's last value (\d+), up to (\d+)$", warning)
+            assert found, warning
+            assert int(found[3]) <= int(found[2]) + beyond[found[1]], warning
     else:
         assert asked == []
 
