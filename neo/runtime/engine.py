@@ -82,6 +82,9 @@ class _Live:
         return self.state.tokens
 
 
+Plain = tuple[tuple[str, ...], list[int]]
+"""Requests and the token that each of them got."""
+
 _SCHEDULE = 0  # its work is the first of every graph
 
 
@@ -126,11 +129,13 @@ class Engine:
         self.steps = 0
         self.last: StepTimes | None = None  # of the latest step
         self.last_sequences = 0  # requests in it
+        self.plain: Plain | None = None  # all of it, if it brought tokens and nothing else
         self._recorder = Recorder(RunRecord() if record is None else record, scheduler)
         self._sampler = Sampler(vocab)
         self._live: dict[str, _Live] = {}
         self._sampled: dict[str, tuple[int, TokenLogprobs | None]] = {}
         self._unsampled: dict[str, str] = {}  # requests that got no token, and why
+        self._drawn: Plain | None = None  # what was sampled, without log-probabilities
         self._next: _Running | None = None
         self._failed: NeoError | None = None  # a policy's error in a plan made ahead
         self._broken: EngineError | None = None
@@ -229,6 +234,7 @@ class Engine:
         Raises PlanError and PolicyError from a policy: the engine can go on. Raises EngineError from the
         executor: it cannot, and says so again at every further step.
         """
+        self.plain = None
         if self._broken is not None:
             raise EngineError(f"the engine cannot go on: {self._broken}") from self._broken
         if self._failed is not None:
@@ -254,7 +260,7 @@ class Engine:
         planned, tables = running.planned, self.executor.tables
         for request in self.scheduler.ended:  # aborted since the step before: its blocks may be in this plan
             tables.release(request.id)
-        self._sampled, self._unsampled = {}, {}
+        self._sampled, self._unsampled, self._drawn = {}, {}, None
         try:
             copies = tables.begin(planned.plan)
             inputs = prepare(planned.plan, tables, self._live)
@@ -296,6 +302,8 @@ class Engine:
                 self._sample(logits[rows], tuple([requests[i] for i in rows]))
             return
         self._sampled = dict(zip(requests, zip(tokens, logprobs, strict=True), strict=True))
+        if not any(logprobs):
+            self._drawn = (requests, tokens)
 
     def _finish(self, running: _Running, times: StepTimes) -> list[Output]:
         planned, graph = running.planned, running.planned.graph
@@ -345,7 +353,10 @@ class Engine:
 
     def _collect(self, outputs: dict[str, Output]) -> list[Output]:
         """Join tokens and ends; requests that ended give their memory back."""
-        for request_id, reason in self._over():
+        over = list(self._over())
+        if not over and self._drawn is not None and len(outputs) == len(self._drawn[0]):
+            self.plain = self._drawn
+        for request_id, reason in over:
             live = self._live[request_id]
             live.ended = True
             before = outputs.get(request_id, Output(request_id, None))

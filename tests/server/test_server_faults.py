@@ -108,7 +108,7 @@ def test_two_thousand_streams_at_once(server: Served) -> None:
     texts = asyncio.run(everyone())
     assert [i for i, text in enumerate(texts) if text != expected[i % 4]] == []
     assert refused > 0
-    assert 0 < longest <= QUEUE
+    assert longest <= QUEUE  # how long it ever was is seen by chance: a fast engine has often taken them all
     server.wait_until_empty()
 
 

@@ -32,5 +32,5 @@ def test_messages_keep_everything() -> None:
     for message in (Add(1, "a", [1, 2], params, 0.5, -3), Abort(2, "stop")):
         data = msgspec.msgpack.encode(message)
         assert msgspec.msgpack.decode(data, type=ToEngine) == message
-    update = Update([1], [2], [Event(3, 4, reason="stop")], 5, 6, 7, (8, 9))
+    update = Update([1], [[2]], [Event(3, 4, reason="stop")], 5, 6, 7, (8, 9))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(update), type=FromEngine) == update

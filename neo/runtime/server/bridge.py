@@ -134,6 +134,15 @@ class Observer:
         """A request ended."""
 
 
+def ends_of(update: Update, since: float, now: float) -> list[float]:
+    """When each step of a message ended, if the last one did ``now`` and none before ``since``."""
+    ends = [now] * len(update.tokens)
+    if update.step is not None:
+        for i in range(len(ends) - 1, 0, -1):
+            ends[i - 1] = max(since, ends[i] - update.step.seconds[i])
+    return ends
+
+
 class Bridge(asyncio.Protocol):
     """See the module.
 
@@ -158,6 +167,7 @@ class Bridge(asyncio.Protocol):
         self._live: dict[int, Live] = {}
         self._next_key = 0
         self._sent = 0
+        self._heard_s = 0.0  # when the latest message came
         self._stopping = False
         self._failure: Failed | None = None
         self._started: asyncio.Future[Ready] | None = None
@@ -309,8 +319,16 @@ class Bridge(asyncio.Protocol):
     def _update(self, update: Update) -> None:
         now = time.perf_counter()
         self.last = update
+        for tokens, ended in zip(update.tokens, ends_of(update, self._heard_s, now), strict=True):
+            self._tokens(update.keys, tokens, ended)
+        self._heard_s = now
+        for event in update.events:
+            self._event(event, now)
+        self.observer.update(update)
+
+    def _tokens(self, keys: list[int], tokens: list[int], now: float) -> None:
         live_of, token_came = self._live, self.observer.token
-        for key, token in zip(update.keys, update.tokens, strict=True):
+        for key, token in zip(keys, tokens, strict=True):
             live = live_of.get(key)
             if live is None:
                 continue  # aborted while this was on its way
@@ -319,9 +337,6 @@ class Bridge(asyncio.Protocol):
             live.last_s = now
             if not live.inbox.put(Item(live.index, token)):
                 self._overflow(live.inbox)
-        for event in update.events:
-            self._event(event, now)
-        self.observer.update(update)
 
     def _event(self, event: Event, now: float) -> None:
         live = self._live.get(event.key)

@@ -1,4 +1,4 @@
-"""The engine's process: take messages, step, answer with one message a step.
+"""The engine's process: take messages, step, answer with one message a step (see ``reports``).
 
 Its loop looks like the engine's: ``receive``, ``step``, ``send``. It ends when it is told to, when the HTTP
 process is gone (the socket closes), or when the engine fails; the HTTP process sees that the socket closed.
@@ -9,39 +9,35 @@ from __future__ import annotations
 
 import os
 import pickle
-import select
 import signal
 import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-import msgspec
-
 from neo.core.errors import InputError, NeoError, PlanError, one_line
 from neo.core.logreader import LOG_FILE
 from neo.core.record import RunRecord
-from neo.core.request import FinishReason, Request, Tier
+from neo.core.request import FinishReason, Tier
 from neo.core.runlog import RunLog
 from neo.runtime.engine import Engine, Output
 from neo.runtime.engine_config import EngineConfig
 from neo.runtime.errors import EngineError
+from neo.runtime.server.channel import Channel
 from neo.runtime.server.launch import Built, Launch
 from neo.runtime.server.messages import (
     Abort,
     Add,
     Event,
     Failed,
-    Frames,
-    Logprobs,
     Ready,
     ToEngine,
-    Update,
-    frame,
 )
+from neo.runtime.server.reports import Reports
 from neo.runtime.server.watching import LiveRecord, StepWatch, WatchedExecutor
 from neo.runtime.setup import EngineParts
 from neo.system.config import System
@@ -50,8 +46,6 @@ EXIT_INPUT, EXIT_FAILED = 2, 1
 STALL_S = 10.0
 """Seconds a policy may stay idle with requests waiting before one of them fails: none of ours ever does."""
 _IDLE_POLL_S = 0.005  # a policy may be idle until some time has passed: ask it again this often
-_SEND_TIMEOUT_S = 60.0  # an HTTP process that reads nothing for so long hangs
-_READ = 1 << 18
 
 
 def build_engine(config: EngineConfig, record: RunRecord, log_file: TextIO | None) -> Built:
@@ -67,53 +61,6 @@ def build_engine(config: EngineConfig, record: RunRecord, log_file: TextIO | Non
         }
         engine.log = RunLog(log_file, header)
     return engine, system
-
-
-class Channel:
-    """The engine's end of the socket: reads without waiting unless asked to, writes whole messages."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._socket.setblocking(False)
-        self._frames = Frames()
-        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
-        self._encode = msgspec.msgpack.Encoder(enc_hook=str).encode  # a description may hold anything
-        self.closed = False
-
-    def receive(self, wait_s: float | None) -> list[ToEngine]:
-        """Messages that are there; if none is, the first within ``wait_s`` seconds (None: however long)."""
-        data = self._read()
-        if data is None and wait_s != 0.0:
-            select.select([self._socket], [], [], wait_s)
-            data = self._read()
-        found: list[ToEngine] = []
-        while data is not None and not self.closed:
-            found += map(self._decode, self._frames.feed(data))
-            data = self._read() if len(data) == _READ else None
-        return found
-
-    def _read(self) -> bytes | None:
-        """Bytes that are there; None if none are. Sets ``closed``."""
-        try:
-            data = self._socket.recv(_READ)
-        except BlockingIOError:
-            return None
-        except ConnectionError:
-            data = b""
-        self.closed = self.closed or not data
-        return data
-
-    def send(self, message: Update | Ready | Failed) -> None:
-        """Write a message. Closed: the other side is gone, or has read nothing for a minute."""
-        if self.closed:
-            return
-        try:
-            self._socket.settimeout(_SEND_TIMEOUT_S)
-            self._socket.sendall(frame(self._encode(message)))
-        except OSError:
-            self.closed = True
-        finally:
-            self._socket.setblocking(False)
 
 
 class EngineLoop:
@@ -133,26 +80,29 @@ class EngineLoop:
         self._zero = time.perf_counter() - engine.clock()
         watched = WatchedExecutor(engine.executor)
         engine.executor = watched
-        self.watch = StepWatch(record, watched, system.cost)
-        self._keys: dict[str, int] = {}
-        self._requests: dict[int, Request] = {}
-        self._accepted = 0
-        self._events: list[Event] = []
+        self.reports = Reports(engine, channel, StepWatch(record, watched, system.cost))
+        watched.before = self.reports.flush
         self._stopping = False
         self._idle_since: float | None = None
+        self._steps = 0  # of the engine when it last brought nothing
 
     def run(self) -> None:
         """The loop."""
-        while not self.channel.closed:
-            messages = self.channel.receive(self._patience())
-            for message in messages:
-                self._handle(message)
-            outputs = self._step() if self.engine.has_work else []
-            self._report(outputs, bool(messages))
-            if not self.engine.has_work:
-                if self._stopping:
-                    return
-                self._rest()
+        engine, channel, reports = self.engine, self.channel, self.reports
+        try:
+            while not channel.closed:
+                messages = channel.receive(self._patience())
+                for message in messages:
+                    self._handle(message)
+                reports.step(self._step() if engine.has_work else (), bool(messages))
+                while not reports.due:
+                    reports.step(self._step(), False)
+                if not engine.has_work:
+                    if self._stopping:
+                        return
+                    self._rest()
+        finally:
+            reports.flush()
 
     def _rest(self) -> None:
         """The engine is idle. EngineError if its accounts do not add up."""
@@ -167,20 +117,20 @@ class EngineLoop:
         return 0.0 if self._idle_since is None else _IDLE_POLL_S
 
     def _handle(self, message: ToEngine) -> None:
+        reports = self.reports
         if isinstance(message, Add):
-            self._accepted += 1
+            reports.accepted += 1
             self._add(message)
         elif isinstance(message, Abort):
-            request = self._requests.pop(message.key, None)
+            request = reports.forget(message.key)
             if request is not None:
-                del self._keys[request.id]
                 self.engine.abort(request.id, FinishReason(message.reason))
         else:
             self._stopping = True
-            for request in self._requests.values():
-                self.engine.abort(request.id)
-            self._requests.clear()
-            self._keys.clear()
+            for key in list(reports.requests):
+                request = reports.forget(key)
+                if request is not None:
+                    self.engine.abort(request.id)
 
     def _add(self, message: Add) -> None:
         try:
@@ -192,16 +142,14 @@ class EngineLoop:
                 priority=message.priority,
             )
         except InputError as error:
-            self._events.append(Event(message.key, reason="invalid", detail=str(error)))
+            self.reports.events.append(Event(message.key, reason="invalid", detail=str(error)))
             return
-        self._keys[message.id] = message.key
-        self._requests[message.key] = request
+        self.reports.add(message.key, request)
 
-    def _step(self) -> list[Output]:
-        steps = self.engine.steps
+    def _step(self) -> Sequence[Output]:
         try:
             outputs = self.engine.step()
-            if outputs or self.engine.steps != steps or not self.engine.has_work:
+            if outputs:
                 self._idle_since = None
             else:
                 self._watch_idle()
@@ -209,79 +157,36 @@ class EngineLoop:
             raise
         except NeoError as error:
             self._fail(error)
-            return []
+            return ()
         return outputs
 
     def _watch_idle(self) -> None:
-        """The policy planned nothing although requests wait: PlanError if that lasts."""
+        """If the policy planned nothing although requests wait: PlanError if that lasts."""
         now = time.perf_counter()
-        if self._idle_since is None:
+        if self.engine.steps != self._steps or not self.engine.has_work:
+            self._idle_since = None
+        elif self._idle_since is None:
             self._idle_since = now
         elif now - self._idle_since > STALL_S:
             self._idle_since = now
             raise self.engine.scheduler.stalled()
+        self._steps = self.engine.steps
 
     def _fail(self, error: NeoError) -> None:
         """The policy failed, nothing of its plan is applied: end the request it names, or else all."""
+        keys = self.reports.keys
         named = error.request_id if isinstance(error, PlanError) else None
-        which = [named] if named in self._keys else list(self._keys)
+        which = [named] if named in keys else list(keys)
         for request_id in which:
-            key = self._keys.pop(request_id)
-            del self._requests[key]
+            key = keys[request_id]
+            self.reports.forget(key)
             self.engine.abort(request_id)
-            self._events.append(Event(key, reason="policy", detail=str(error)))
+            self.reports.events.append(Event(key, reason="policy", detail=str(error)))
         print(
             f"policy error, {len(which)} request(s) ended: {one_line(str(error))}",
             file=sys.stderr,
             flush=True,
         )
-
-    def _report(self, outputs: list[Output], handled: bool) -> None:
-        keys: list[int] = []
-        tokens: list[int] = []
-        events, self._events = self._events, []
-        for output in outputs:
-            key = self._keys.get(output.request_id)
-            if key is None:
-                continue  # aborted: nobody listens
-            if output.finish_reason is None and output.logprobs is None and output.token is not None:
-                request = self._requests[key]
-                if request.generated > 1:
-                    keys.append(key)
-                    tokens.append(output.token)
-                    continue
-            events.append(self._event(key, output))
-        step = self.watch.take()
-        if not (keys or events or handled or step):
-            return
-        view = self.engine.scheduler.view
-        waiting = len(view.waiting)
-        pools = view.pools
-        self.channel.send(
-            Update(
-                keys,
-                tokens,
-                events,
-                self._accepted,
-                self.engine.scheduler.unfinished - waiting,
-                waiting,
-                (pools[Tier.GPU].used, pools[Tier.CPU].used),
-                step,
-            )
-        )
-
-    def _event(self, key: int, output: Output) -> Event:
-        request = self._requests[key]
-        event = Event(key, output.token, detail=output.detail)
-        if output.logprobs is not None:
-            given = output.logprobs
-            event.logprobs = Logprobs(given.token_logprob, given.rank, list(given.top))
-        if request.generated <= 1 and request.scheduled_s is not None:
-            event.queued_s = max(0.0, request.scheduled_s - request.arrival_s)
-        if output.finish_reason is not None:
-            event.reason = str(output.finish_reason)
-            del self._requests[key], self._keys[output.request_id]
-        return event
 
 
 def ready_message(engine: Engine, system: System) -> Ready:

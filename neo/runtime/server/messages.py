@@ -66,11 +66,20 @@ class Event(msgspec.Struct, array_like=True):
 
 
 class StepInfo(msgspec.Struct, array_like=True):
-    """A step for the metrics. ``seconds`` are measured, ``predicted_s`` the cost model's (None: no price)."""
+    """Steps for the metrics: one, or several short ones that are alike.
 
-    mode: int  # neo.core.record.Mode
-    seconds: float
-    predicted_s: float | None
+    Attributes:
+        mode: a neo.core.record.Mode.
+        seconds: measured, of each step.
+        predicted_s: the cost model's, and for how many steps each: also of messages before, where those had
+            no price yet. Nothing where the cost model has none.
+        prefill_tokens: in each step; so are decodes.
+        bytes_h2d: in all of them; so are ``bytes_d2h`` and preemptions.
+    """
+
+    mode: int
+    seconds: list[float]
+    predicted_s: list[tuple[float, int]]
     prefill_tokens: int
     gpu_decodes: int
     cpu_decodes: int
@@ -81,13 +90,14 @@ class StepInfo(msgspec.Struct, array_like=True):
 
 
 class Update(msgspec.Struct, array_like=True, tag="update"):
-    """From the engine, after a step or after requests came or went without one.
+    """From the engine, after steps or after requests came or went without one.
 
-    ``keys[i]`` got ``tokens[i]`` and nothing else happened to it; other requests are in ``events``.
+    ``keys[i]`` got ``tokens[s][i]`` in step s and nothing else happened to it; other requests are in
+    ``events``, which belong to a single step.
     """
 
     keys: list[int]
-    tokens: list[int]
+    tokens: list[list[int]]
     events: list[Event]
     accepted: int  # Add messages handled so far
     running: int

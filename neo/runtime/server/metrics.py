@@ -106,14 +106,17 @@ class Metrics(Observer):
             self._step(update.step)
 
     def _step(self, step: StepInfo) -> None:
-        self._steps[Mode(step.mode)].inc()
-        self._measured.observe(step.seconds)
-        if step.predicted_s is not None:
-            self._predicted.observe(step.predicted_s)
+        steps = len(step.seconds)
+        self._steps[Mode(step.mode)].inc(steps)
         decodes = (step.gpu_decodes, step.cpu_decodes, step.stream_decodes)
-        self._iteration.observe(step.prefill_tokens + sum(decodes))
+        for seconds in step.seconds:
+            self._measured.observe(seconds)
+            self._iteration.observe(step.prefill_tokens + sum(decodes))
+        for seconds, count in step.predicted_s:
+            for _ in range(count):
+                self._predicted.observe(seconds)
         for counter, amount in (
-            *zip(self._decoded, decodes, strict=True),
+            *zip(self._decoded, [steps * n for n in decodes], strict=True),
             *zip(self._moved, (step.bytes_h2d, step.bytes_d2h), strict=True),
             (self._preemptions, step.preemptions),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from neo.core.graph import StepGraph
@@ -11,6 +12,12 @@ from neo.core.record import RunRecord, StepRow
 from neo.core.timing import Prices, durations, step_seconds
 from neo.runtime.executor import Executor, Sample, StepTimes
 from neo.runtime.server.messages import StepInfo
+
+LIKE = slice(3, 9)
+"""Columns in which the rows of steps agree that are alike: mode, requests that wait, tokens by kind."""
+_EMBED = 1  # of a graph's works: the embedding's, which has all tokens
+PRICE_S = 0.02
+"""Seconds between two prices of steps that are alike: the KV that they read has hardly grown meanwhile."""
 
 
 class _Nothing(list[Any]):
@@ -42,15 +49,24 @@ class LiveRecord(RunRecord):
 
 
 class WatchedExecutor:
-    """An executor that remembers the graph it ran last."""
+    """An executor that remembers the graph it ran last.
+
+    Attributes:
+        held: something is held back; ``before`` is called where a step begins that may take longer than the
+            one before it.
+    """
 
     def __init__(self, inner: Executor) -> None:
         self.inner = inner
         self.tables = inner.tables
         self.graph: StepGraph | None = None
+        self.held = False
+        self.before: Callable[[], None] = _nothing
 
     def run(self, plan: StepPlan, graph: StepGraph, inputs: Any, copies: Any, sample: Sample) -> StepTimes:
         """Run a step."""
+        if self.held and (self.graph is None or _more(graph, self.graph)):
+            self.before()
         self.graph = graph
         return self.inner.run(plan, graph, inputs, copies, sample)
 
@@ -63,29 +79,54 @@ class WatchedExecutor:
         self.inner.close()
 
 
+def _nothing() -> None:
+    pass
+
+
+def _more(graph: StepGraph, before: StepGraph) -> bool:
+    """Whether a step has other operations than the one before it, or more tokens."""
+    return graph.template is not before.template or graph.works[_EMBED][0] > before.works[_EMBED][0]
+
+
 class StepWatch:
-    """Turns what a record saw of the last step into a StepInfo; ``cost`` prices its graph."""
+    """Turns what a record saw of steps into a StepInfo; ``cost`` prices their graphs.
+
+    A price takes longer than all else that is said of a short step. So of steps that are alike and follow
+    each other, one is priced every ``PRICE_S``, and its price counts for those before it.
+    """
 
     def __init__(self, record: LiveRecord, executor: WatchedExecutor, cost: Prices) -> None:
         self.record = record
         self.executor = executor
         self.cost = cost
         self._before = (0, 0, 0)
+        self._unpriced = 0  # steps
+        self._graph: StepGraph | None = None  # of the last of them
+        self._priced_s = 0.0  # when the last one was
+        self._predicted: list[tuple[float, int]] = []
 
-    def take(self) -> StepInfo | None:
-        """The step since the last call, if there was one."""
-        row, record = self.record.last, self.record
-        if row is None:
-            return None
-        record.last = None
+    def info(self, rows: Sequence[StepRow], graph: StepGraph | None, more: bool) -> StepInfo:
+        """One or more steps that are alike (see LIKE), the last of them with this graph.
+
+        ``more``: others like them may follow; those before them were like them.
+        """
+        record = self.record
         now = (record.bytes_h2d, record.bytes_d2h, record.preemptions)
         h2d, d2h, preempted = (a - b for a, b in zip(now, self._before, strict=True))
         self._before = now
-        start, end, _steps, mode, _waiting, prefill, gpu, cpu, streamed = row[:9]
+        _start, end, _steps, mode, _waiting, prefill, gpu, cpu, streamed = rows[-1][:9]
+        if not more:
+            self.settle()
+        self._graph = graph
+        self._unpriced += len(rows)
+        if not more or end - self._priced_s >= PRICE_S:
+            self.settle()
+            self._priced_s = end
+        predicted, self._predicted = self._predicted, []
         return StepInfo(
             int(mode),
-            end - start,
-            self._predicted(),
+            [row[1] - row[0] for row in rows],
+            predicted,
             int(prefill),
             int(gpu),
             int(cpu),
@@ -95,9 +136,16 @@ class StepWatch:
             preempted,
         )
 
-    def _predicted(self) -> float | None:
-        """The cost model's seconds for the step; None where it has no price: that must not stop serving."""
-        graph = self.executor.graph
+    def settle(self) -> None:
+        """Price what has no price yet: what follows is different."""
+        seconds = self._price() if self._unpriced else None
+        if seconds is not None:
+            self._predicted.append((seconds, self._unpriced))
+        self._unpriced = 0
+
+    def _price(self) -> float | None:
+        """The cost model's seconds for a step; None where it has no price: that must not stop serving."""
+        graph = self._graph
         if graph is None:
             return None
         try:

@@ -1,0 +1,159 @@
+"""What the engine's process says of its steps: a message a step, or one for several short ones.
+
+A step in which each request got a token and nothing else happened is *plain*: the engine has its tokens as a
+list, and no object is made of them here. Plain steps of the same requests share a message as long as they
+are shorter than ``SHARE_S`` together, so that the engine does not spend more on talking than on working. A
+message is never held back over a step that may take longer than those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from neo.core.graph import StepGraph
+from neo.core.record import StepRow
+from neo.core.request import Request, Tier
+from neo.runtime.engine import Engine, Output
+from neo.runtime.server.channel import Channel
+from neo.runtime.server.messages import Event, Logprobs, StepInfo, Update
+from neo.runtime.server.watching import LIKE, StepWatch
+
+SHARE_S = 0.002
+"""Seconds that a token may wait for those of the steps behind it: a client cannot tell."""
+
+
+class Reports:
+    """Tells the HTTP process what steps brought.
+
+    Attributes:
+        keys: by request id, of the requests that somebody listens to.
+        accepted: Add messages handled so far.
+        events: to be told with the next message.
+        due: it is time to talk, and to listen.
+    """
+
+    def __init__(self, engine: Engine, channel: Channel, watch: StepWatch) -> None:
+        self.engine = engine
+        self.channel = channel
+        self.watch = watch
+        self._record = watch.record
+        self._executor = watch.executor
+        self.keys: dict[str, int] = {}
+        self.requests: dict[int, Request] = {}
+        self.accepted = 0
+        self.events: list[Event] = []
+        self.due = True
+        self._share_s = 0.0 if engine.options.ahead else SHARE_S  # ahead, the next step is known too late
+        self._until_s = 0.0  # tokens of steps that end earlier may wait
+        self._ids: tuple[str, ...] | None = None  # of the requests in the plain steps that wait
+        self._keys: list[int] = []
+        self._tokens: list[list[int]] = []
+        self._rows: list[StepRow] = []
+        self._like: StepRow = ()  # what their rows have in common
+        self._graph: StepGraph | None = None  # of the last of them
+
+    def add(self, key: int, request: Request) -> None:
+        """Somebody listens to a request from now on."""
+        self.keys[request.id] = key
+        self.requests[key] = request
+
+    def forget(self, key: int) -> Request | None:
+        """Nobody does any more; None if nobody did."""
+        request = self.requests.pop(key, None)
+        if request is not None:
+            del self.keys[request.id]
+        return request
+
+    def step(self, outputs: Sequence[Output], handled: bool) -> None:
+        """Tell what a step brought, now or with the next ones; ``handled``: messages came before it."""
+        record = self._record
+        row, record.last = record.last, None
+        plain = self.engine.plain
+        if plain is None or row is None or handled or self.events or plain[0] != self._ids:
+            self.flush()
+            self._tell(outputs, row, handled)
+            return
+        if row[LIKE] != self._like:
+            self.flush()
+            self.watch.settle()
+            self._like = row[LIKE]
+        self._tokens.append(plain[1])
+        self._rows.append(row)
+        self._graph = self._executor.graph
+        if row[1] < self._until_s:
+            self.due, self._executor.held = False, True
+            return
+        self.due = True
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what waits."""
+        if self._rows:
+            tokens, rows = self._tokens, self._rows
+            self._tokens, self._rows = [], []
+            info = self.watch.info(rows, self._graph, more=True)
+            self._send(self._keys, tokens, [], info, rows[-1][1])
+        self._executor.held = False
+
+    def _tell(self, outputs: Sequence[Output], row: StepRow | None, handled: bool) -> None:
+        """A message for a single step, or for none."""
+        keys: list[int] = []
+        tokens: list[int] = []
+        events, self.events = self.events, []
+        for output in outputs:
+            key = self.keys.get(output.request_id)
+            if key is None:
+                continue  # aborted: nobody listens
+            bare = output.finish_reason is None and output.logprobs is None
+            if bare and output.token is not None and self.requests[key].generated > 1:
+                keys.append(key)
+                tokens.append(output.token)
+            else:
+                events.append(self._event(key, output))
+        plain = self.engine.plain
+        self._ids = plain[0] if plain is not None and len(keys) == len(plain[0]) else None
+        self._keys = keys
+        self._like = () if row is None else row[LIKE]
+        self.due = True
+        if keys or events or handled or row is not None:
+            info = None if row is None else self.watch.info([row], self._executor.graph, more=False)
+            self._send(keys, [tokens] if keys else [], events, info, None if row is None else row[1])
+
+    def _send(
+        self,
+        keys: list[int],
+        tokens: list[list[int]],
+        events: list[Event],
+        info: StepInfo | None,
+        end_s: float | None,
+    ) -> None:
+        view = self.engine.scheduler.view
+        waiting = len(view.waiting)
+        pools = view.pools
+        self.channel.send(
+            Update(
+                keys,
+                tokens,
+                events,
+                self.accepted,
+                self.engine.scheduler.unfinished - waiting,
+                waiting,
+                (pools[Tier.GPU].used, pools[Tier.CPU].used),
+                info,
+            )
+        )
+        if end_s is not None:
+            self._until_s = end_s + self._share_s
+
+    def _event(self, key: int, output: Output) -> Event:
+        request = self.requests[key]
+        event = Event(key, output.token, detail=output.detail)
+        if output.logprobs is not None:
+            given = output.logprobs
+            event.logprobs = Logprobs(given.token_logprob, given.rank, list(given.top))
+        if request.generated <= 1 and request.scheduled_s is not None:
+            event.queued_s = max(0.0, request.scheduled_s - request.arrival_s)
+        if output.finish_reason is not None:
+            event.reason = str(output.finish_reason)
+            del self.requests[key], self.keys[output.request_id]
+        return event

@@ -1,0 +1,287 @@
+"""What the engine's process says of steps: when it may wait, and that nothing is lost or late by it."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pytest
+
+pytest.importorskip("torch", reason="the engine needs torch")
+
+from neo.core.request import FinishReason
+from neo.runtime import tiny
+from neo.runtime.engine_config import EngineConfig
+from neo.runtime.sampling_params import SamplingParams
+from neo.runtime.server import watching
+from neo.runtime.server.bridge import ends_of
+from neo.runtime.server.channel import Channel
+from neo.runtime.server.engine_process import EngineLoop
+from neo.runtime.server.messages import Abort, Add, Event, Failed, Frames, FromEngine, Stop, Update, frame
+from neo.runtime.server.watching import LiveRecord
+from neo.runtime.setup import EngineParts
+
+
+@dataclass
+class Far:
+    """The HTTP process's end: sends messages, keeps what comes."""
+
+    sock: socket.socket
+    updates: list[Update] = field(default_factory=list)
+    frames: Frames = field(default_factory=Frames)
+
+    def send(self, *messages: Any) -> None:
+        for message in messages:
+            self.sock.sendall(frame(msgspec.msgpack.encode(message)))
+
+    def receive(self) -> list[Update]:
+        """What has come since the last call."""
+        self.sock.setblocking(False)
+        found: list[Update] = []
+        try:
+            while data := self.sock.recv(1 << 20):
+                for payload in self.frames.feed(data):
+                    message = msgspec.msgpack.decode(payload, type=FromEngine)
+                    assert isinstance(message, Update)
+                    found.append(message)
+        except BlockingIOError:
+            pass
+        self.sock.setblocking(True)
+        self.updates += found
+        return found
+
+    def tokens(self) -> dict[int, list[int]]:
+        """All tokens so far, by key."""
+        found: dict[int, list[int]] = {}
+        for update in self.updates:
+            for tokens in update.tokens:
+                for key, token in zip(update.keys, tokens, strict=True):
+                    found.setdefault(key, []).append(token)
+            for event in update.events:
+                if event.token is not None:
+                    found.setdefault(event.key, []).append(event.token)
+        return found
+
+
+class Clock:
+    """An engine's clock that shows what it is told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.step_s = 0.0
+
+    def __call__(self) -> float:
+        self.now += self.step_s / 2  # read when a step is planned and when it has ended
+        return self.now
+
+
+@dataclass
+class Served:
+    loop: EngineLoop
+    far: Far
+    clock: Clock
+    record: LiveRecord
+
+    def step(self) -> list[Update]:
+        """One round of the loop; what it said."""
+        loop = self.loop
+        messages = loop.channel.receive(0.0) if loop.reports.due else []
+        for message in messages:
+            loop._handle(message)
+        loop.reports.step(loop._step() if loop.engine.has_work else (), bool(messages))
+        return self.far.receive()
+
+
+@pytest.fixture(scope="module")
+def parts() -> EngineParts:
+    return EngineParts(EngineConfig(str(tiny.FOLDER), kv_gpu_blocks=256, kv_cpu_blocks=256, gpu_threads=1))
+
+
+@pytest.fixture
+def served(parts: EngineParts) -> Iterator[Served]:
+    system = parts.system()
+    record = LiveRecord(keep=False)
+    engine = parts.engine(system, record=record)
+    clock = Clock()
+    engine.clock = clock  # type: ignore[method-assign]
+    near, far = socket.socketpair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    with near, far:
+        loop = EngineLoop(engine, system, Channel(near), record)
+        loop._zero = 0.0
+        yield Served(loop, Far(far), clock, record)
+    engine.close()
+
+
+def adds(count: int, tokens: int, **params: Any) -> list[Add]:
+    return [
+        Add(i, f"r{i}", [65 + i], SamplingParams(tokens, 0.0, ignore_eos=True, **params), 0.0)
+        for i in range(count)
+    ]
+
+
+def test_short_steps_share_a_message_and_long_ones_do_not(served: Served) -> None:
+    served.far.send(*adds(3, 200))
+    served.clock.step_s = 0.01
+    for i in range(20):
+        (update,) = served.step()
+        assert len(update.events) == 3 * (i == 0)
+        assert [len(t) for t in update.tokens] == [3] * (i > 0)
+        assert update.accepted == update.running == 3
+        assert update.step is not None
+        assert update.step.seconds == [pytest.approx(0.01, abs=0.006)]
+    served.clock.step_s = 0.0006
+    said = [served.step() for _ in range(40)]
+    sizes = [len(update.tokens) for updates in said for update in updates]
+    assert set(sizes) == {4}, "the fourth ends behind 2 ms"
+    assert sum(sizes) == 40
+    assert sum(not updates for updates in said) == 30
+
+
+def test_nothing_is_held_over_a_step_that_may_take_longer_or_a_pause(served: Served) -> None:
+    served.far.send(*adds(2, 100))
+    served.clock.step_s = 0.0005
+    for _ in range(50):
+        served.step()
+    while served.loop.reports.due:
+        served.step()
+    inner, seen = served.loop.engine.executor.inner, []  # type: ignore[attr-defined]
+    run = inner.run
+
+    def noticing(plan: Any, *rest: Any) -> Any:
+        seen.append((any(b.prefill for b in plan.batches), served.far.receive()))
+        return run(plan, *rest)
+
+    inner.run = noticing
+    before = served.far.tokens()
+    served.loop._handle(Add(9, "long", [66] * 500, SamplingParams(4, 0.0), 0.0))
+    served.step()
+    ((prefill, said),) = seen
+    assert prefill
+    assert sum(len(update.tokens) for update in said) > 0, "they wait for no prefill"
+    assert served.far.tokens() != before
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_every_token_end_and_step_is_told_once(served: Served, share: bool) -> None:
+    """Requests of many lengths that come, end and are aborted at any time, with steps of any length."""
+    draw = random.Random(share)
+    log: dict[int, list[int]] = {}
+    engine, reports = served.loop.engine, served.loop.reports
+    if not share:
+        reports._share_s = 0.0
+    step, key, wanted, aborted, ran = engine.step, 0, {}, set(), 0
+
+    def noting() -> Any:
+        nonlocal ran
+        before = engine.steps
+        outputs = step()
+        ran += engine.steps - before
+        for output in outputs:
+            if output.token is not None and output.request_id in reports.keys:
+                log.setdefault(reports.keys[output.request_id], []).append(output.token)
+        return outputs
+
+    engine.step = noting  # type: ignore[method-assign]
+    while key < 60 or engine.has_work:
+        served.clock.step_s = draw.choice((0.0001, 0.0001, 0.0001, 0.005))
+        if key < 60 and draw.random() < 0.2:
+            wanted[key] = draw.randrange(1, 60)
+            params = SamplingParams(wanted[key], 1.0, ignore_eos=True, logprobs=draw.choice((None, None, 2)))
+            served.far.send(Add(key, f"r{key}", [65] * draw.randrange(1, 40), params, served.clock.now))
+            key += 1
+        if wanted and draw.random() < 0.02:
+            victim = draw.choice(list(wanted))
+            aborted.add(victim)
+            served.far.send(Abort(victim, str(FinishReason.ABORT)))
+        served.step()
+    served.far.receive()
+    assert served.far.tokens() == log
+    ends = Counter(e.key for u in served.far.updates for e in u.events if e.reason is not None)
+    assert set(ends.values()) <= {1}
+    assert set(ends) | aborted >= set(wanted)
+    told = [u.step for u in served.far.updates if u.step is not None]
+    assert sum(len(s.seconds) for s in told) == ran
+    assert sum(count for s in told for _, count in s.predicted_s) == ran
+    assert (max(len(u.tokens) for u in served.far.updates) > 1) == share
+
+
+def test_alike_steps_share_a_price_for_a_while(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.far.send(*adds(2, 400))
+    served.clock.step_s = 0.0005
+    for _ in range(10):
+        served.step()
+    served.far.receive()
+    first = len(served.far.updates)
+    for _ in range(200):
+        served.step()
+    told = [u.step for u in served.far.updates[first:] if u.step is not None]
+    counts = [count for s in told for _, count in s.predicted_s]
+    assert all(20 <= count * 0.5 <= 30 for count in counts), "a price counts for about 20 ms of steps"
+    prices = [seconds for s in told for seconds, _ in s.predicted_s]
+    assert prices == sorted(prices), "each reads more KV"
+    monkeypatch.setattr(watching, "durations", lambda *_: 1 / 0)
+    for _ in range(80):
+        served.step()
+    assert not any(u.step.predicted_s for u in served.far.updates[-10:] if u.step is not None)
+
+
+def test_what_waits_is_told_before_the_engine_fails(served: Served) -> None:
+    served.far.send(*adds(2, 100))
+    served.clock.step_s = 0.00001
+    for _ in range(30):
+        served.step()
+    assert not served.loop.reports.due
+    engine = served.loop.engine
+
+    def broken() -> Any:
+        raise RuntimeError("broken")
+
+    engine.step = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="broken"):
+        served.loop.run()
+    served.far.receive()
+    assert [len(t) for t in served.far.tokens().values()] == [30, 30]
+
+
+def test_a_message_larger_than_the_socket_takes_arrives_whole() -> None:
+    near, far = socket.socketpair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with near, far:
+        channel = Channel(near)
+        message = Failed("a" * 1_000_000)
+        thread = threading.Thread(target=channel.send, args=(message,))
+        thread.start()
+        frames = Frames()
+        found: list[bytes] = []
+        while not found:
+            found = frames.feed(far.recv(1 << 16))
+        thread.join()
+        assert msgspec.msgpack.decode(found[0], type=FromEngine) == message
+        assert not channel.closed
+        assert channel.receive(0.0) == [], "it does not wait afterwards"
+        far.close()
+        channel.send(message)
+        assert channel.closed
+
+
+def test_tokens_of_a_shared_message_came_one_after_the_other() -> None:
+    update = Update([1], [[2], [3], [4]], [], 1, 1, 0, (0, 0))
+    assert ends_of(update, 9.0, 10.0) == [10.0] * 3
+    update.step = msgspec.convert([0, [0.5, 0.25, 0.125], [], 0, 1, 0, 0, 0, 0, 0], watching.StepInfo)
+    assert ends_of(update, 9.0, 10.0) == [9.625, 9.875, 10.0]
+    assert ends_of(update, 9.9, 10.0) == [9.9, 9.9, 10.0], "never before the message before it"
+    assert ends_of(Update([], [], [Event(1)], 1, 1, 0, (0, 0)), 9.0, 10.0) == []
+
+
+def test_the_loop_ends_when_it_is_told_to(served: Served) -> None:
+    served.far.send(*adds(2, 50), Stop())
+    served.loop.run()
+    assert not served.loop.engine.has_work
+    assert served.far.receive()[-1].running == 0
