@@ -1,6 +1,6 @@
 """What the server costs: tokens per second over HTTP, latency it adds to a token, what it takes of a step.
 
-usage: python benchmarks/serve_overhead.py [--streams 1 64 512] [--tokens 400]
+usage: python benchmarks/serve_overhead.py [--streams 1 64 512] [--tokens 400] [--repeats 5]
 
 A model that costs nothing stands behind the real server, in its own process; the streams are real sockets.
 
@@ -11,7 +11,10 @@ A model that costs nothing stands behind the real server, in its own process; th
   server.
 - *The engine's step*: from step to step at 64 streams, with a server and without one; for a model that costs
   nothing, and for one that keeps its core busy for 10 ms. In processor time of the engine's process, which
-  others on the machine hardly disturb, and on the wall clock. Medians.
+  others on the machine hardly disturb, and on the wall clock. Several steps may share a message, so what is
+  taken is the mean of 32 steps in a row. Runs take turns: alone, alone while another process keeps the other
+  cores busy (on many machines that alone slows a core down), and with a server. Of all means the lowest
+  tenth and the median are shown, of each run's medians the middle one: others on the machine only add.
 
 Engine, HTTP process and clients want a core each. The engine's has one of its own; on a machine of two the
 others share the second.
@@ -45,6 +48,8 @@ GRIDS = {1: 0.02, 64: 0.05, 512: 0.4}  # seconds: a step's tokens must have arri
 SLOW_STREAMS = 64
 CORE = min(os.sched_getaffinity(0)) if len(os.sched_getaffinity(0)) > 1 else None  # the engine's own
 WARM = 5  # steps, or tokens of a stream, that are not counted
+BLOCK = 32  # steps in a row whose mean is taken
+STEP_TOKENS = {0.0: 3000, 0.01: 200}  # of a stream, by the model's seconds: streams begin one after the other
 Times = list[float]
 
 
@@ -113,9 +118,15 @@ def in_process(count: int, tokens: int, **pace: float) -> tuple[Times, tuple[Tim
 def periods(
     begins: Sequence[float], processor: Sequence[float], tokens: Sequence[int], count: int
 ) -> tuple[Times, Times]:
-    """Seconds from one step to the next, of steps with a token for everyone: processor, wall clock."""
-    full = [i for i in range(len(begins) - 1) if tokens[i] == tokens[i + 1] == count][WARM:]
-    return [processor[i + 1] - processor[i] for i in full], [begins[i + 1] - begins[i] for i in full]
+    """Seconds of a step, as means of BLOCK in a row with a token for everyone: processor, wall clock."""
+    full = [i for i in range(len(begins)) if tokens[i] == count][WARM:]
+    blocks = [(a, b) for a, b in zip(full[::BLOCK], full[BLOCK::BLOCK], strict=False) if b - a == BLOCK]
+    if not blocks:
+        raise SystemExit("the streams were too short: never enough steps in a row with all of them")
+    return (
+        [(processor[b] - processor[a]) / BLOCK for a, b in blocks],
+        [(begins[b] - begins[a]) / BLOCK for a, b in blocks],
+    )
 
 
 def quantiles(values: Times) -> str:
@@ -143,35 +154,75 @@ def latency(count: int, tokens: int) -> str:
     return f"a token is {quantiles(served)} old; without a server {quantiles(without)}"
 
 
-def slowdown(busy_s: float, tokens: int) -> str:
+def slowdown(busy_s: float, repeats: int) -> str:
+    """Alone, alone on a busy machine and with a server, in turns."""
+    kinds: dict[str, list[tuple[Times, Times]]] = {"alone": [], "beside others": [], "served": []}
+    for _ in range(repeats):
+        kinds["alone"].append(steps_alone(busy_s))
+        with busy_cores():
+            kinds["beside others"].append(steps_alone(busy_s))
+        kinds["served"].append(steps_served(busy_s))
+    lines = []
+    for name, which in (("processor", 0), ("wall clock", 1)):
+        for what, of in (("median of medians", middle), ("lowest tenth", tenth)):
+            found = {kind: of([run[which] for run in runs]) for kind, runs in kinds.items()}
+            alone = found.pop("alone")
+            more = ", ".join(f"{1e3 * v:.4f} ms {k} ({v / alone - 1:+.1%})" for k, v in found.items())
+            lines.append(f"  {name}, {what}: {1e3 * alone:.4f} ms alone, {more}")
+    return "\n".join(lines)
+
+
+def middle(runs: list[Times]) -> float:
+    return statistics.median([statistics.median(run) for run in runs])
+
+
+def tenth(runs: list[Times]) -> float:
+    return statistics.quantiles([t for run in runs for t in run], n=10)[0]
+
+
+@contextmanager
+def busy_cores() -> Iterator[None]:
+    """Keeps the cores busy that are not the engine's."""
+    code = "import json\ndata = [{'a': i, 'b': [str(i)] * 9} for i in range(999)]\n"
+    code += "while True: json.loads(json.dumps(data))"
+    found = [subprocess.Popen([sys.executable, "-c", code]) for _ in os.sched_getaffinity(0)]
+    try:
+        time.sleep(0.2)
+        yield
+    finally:
+        for process in found:
+            process.kill()
+            process.wait()
+
+
+def steps_alone(busy_s: float) -> tuple[Times, Times]:
+    return in_process(SLOW_STREAMS, STEP_TOKENS[busy_s], busy_s=busy_s)[1]
+
+
+def steps_served(busy_s: float) -> tuple[Times, Times]:
+    tokens = STEP_TOKENS[busy_s]
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         arguments = ("--sequences", str(SLOW_STREAMS), "--tokens", str(tokens + 64), "--busy", str(busy_s))
         with server(*arguments, "--trace", str(trace)) as address:
             asyncio.run(streams(address, SLOW_STREAMS, tokens))
-        served = periods(*json.loads(trace.read_text()), SLOW_STREAMS)
-    _, alone = in_process(SLOW_STREAMS, tokens, busy_s=busy_s)
-    found = []
-    for name, before, now in zip(("processor", "wall clock"), alone, served, strict=True):
-        a, b = statistics.median(before), statistics.median(now)
-        found.append(f"{name} {1e3 * a:.3f} ms alone, {1e3 * b:.3f} ms served ({b / a - 1:+.1%})")
-    return "; ".join(found)
+        return periods(*json.loads(trace.read_text()), SLOW_STREAMS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 512])
     parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=5, help="of the measurement of the engine's step")
     args = parser.parse_args()
     print(f"{len(os.sched_getaffinity(0))} cores")
     if CORE is not None:
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {CORE})
     for count in args.streams:
         print(f"{count} streams: {throughput(count, args.tokens)}; {latency(count, args.tokens)}", flush=True)
-    for busy_s in (0.0, 0.01):
-        print(
-            f"step at {SLOW_STREAMS} streams, model of {1e3 * busy_s:g} ms: {slowdown(busy_s, args.tokens)}"
-        )
+    for busy_s in STEP_TOKENS:
+        found = slowdown(busy_s, args.repeats)
+        print(f"step at {SLOW_STREAMS} streams, model of {1e3 * busy_s:g} ms:\n{found}", flush=True)
 
 
 if __name__ == "__main__":
