@@ -49,7 +49,7 @@ SLOW_STREAMS = 64
 CORE = min(os.sched_getaffinity(0)) if len(os.sched_getaffinity(0)) > 1 else None  # the engine's own
 WARM = 5  # steps, or tokens of a stream, that are not counted
 BLOCK = 32  # steps in a row whose mean is taken
-STEP_TOKENS = {0.0: 3000, 0.01: 200}  # of a stream, by the model's seconds: streams begin one after the other
+STEP_TOKENS = {0.0: 5000, 0.01: 200}  # of a stream, by the model's seconds: streams begin one after the other
 Times = list[float]
 
 

@@ -1,9 +1,9 @@
 """What the engine's process says of its steps: a message a step, or one for several short ones.
 
 A step in which each request got a token and nothing else happened is *plain*: the engine has its tokens as a
-list, and no object is made of them here. Plain steps of the same requests share a message as long as they
-are shorter than ``SHARE_S`` together, so that the engine does not spend more on talking than on working. A
-message is never held back over a step that may take longer than those before it.
+list, and no object is made of them here. Short plain steps of the same requests share a message every
+``SHARE_S``, so that the engine does not spend its time on talking. None is held back over a step that may
+take longer than those before it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from neo.runtime.server.channel import Channel
 from neo.runtime.server.messages import Event, Logprobs, StepInfo, Update
 from neo.runtime.server.watching import LIKE, StepWatch
 
-SHARE_S = 0.002
-"""Seconds that a token may wait for those of the steps behind it: a client cannot tell."""
+SHORT_S = 0.0015
+"""Seconds below which a step is short. A message takes 30 to 60 us with what it wakes: 4 % of this."""
+SHARE_S = 0.004
+"""Seconds that a token of a short step may wait for those behind it: 250 messages in a second are plenty."""
 
 
 class Reports:
@@ -80,7 +82,7 @@ class Reports:
         self._tokens.append(plain[1])
         self._rows.append(row)
         self._graph = self._executor.graph
-        if row[1] < self._until_s:
+        if row[1] < self._until_s and row[1] - row[0] < SHORT_S:
             self.due, self._executor.held = False, True
             return
         self.due = True
