@@ -35,6 +35,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from null_engine import build, config_for
@@ -98,8 +99,8 @@ async def streams(address: str, count: int, tokens: int) -> list[Times]:
     return await asyncio.gather(*(stream(address, tokens) for _ in range(count)))
 
 
-def in_process(count: int, tokens: int, **pace: float) -> tuple[Times, tuple[Times, Times]]:
-    """Without a server: when each token of steps with all sequences was given out, and when steps began."""
+def in_process(count: int, tokens: int, **pace: float) -> tuple[Times, Any]:
+    """Without a server: when each token of steps with all sequences was given out; the executor."""
     cores = os.sched_getaffinity(0)
     engine, _ = build(config_for(count, tokens + len(PROMPT)), None, None, CORE, **pace)
     for i in range(count):
@@ -111,8 +112,7 @@ def in_process(count: int, tokens: int, **pace: float) -> tuple[Times, tuple[Tim
         if len(outputs) == count:
             out.append(time.perf_counter())
     os.sched_setaffinity(0, cores)
-    executor = engine.executor
-    return out[WARM:], periods(executor.begins, executor.processor, executor.tokens, count)
+    return out[WARM:], engine.executor
 
 
 def periods(
@@ -196,7 +196,8 @@ def busy_cores() -> Iterator[None]:
 
 
 def steps_alone(busy_s: float) -> tuple[Times, Times]:
-    return in_process(SLOW_STREAMS, STEP_TOKENS[busy_s], busy_s=busy_s)[1]
+    _, executor = in_process(SLOW_STREAMS, STEP_TOKENS[busy_s], busy_s=busy_s)
+    return periods(executor.begins, executor.processor, executor.tokens, SLOW_STREAMS)
 
 
 def steps_served(busy_s: float) -> tuple[Times, Times]:

@@ -123,7 +123,6 @@ def served(parts: EngineParts) -> Iterator[Served]:
     clock = Clock()
     engine.clock = clock  # type: ignore[method-assign]
     near, far = socket.socketpair()
-    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     with near, far:
         loop = EngineLoop(engine, system, Channel(near), record)
         loop._zero = 0.0
@@ -283,7 +282,6 @@ def test_what_waits_is_told_before_the_engine_fails(served: Served) -> None:
 
 def test_a_message_larger_than_the_socket_takes_arrives_whole() -> None:
     near, far = socket.socketpair()
-    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     with near, far:
         channel = Channel(near)
         message = Failed("a" * 1_000_000)

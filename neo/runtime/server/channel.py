@@ -11,6 +11,9 @@ from neo.runtime.server.messages import Failed, Frames, Ready, ToEngine, Update,
 
 _SEND_TIMEOUT_S = 60.0  # an HTTP process that reads nothing for so long hangs
 _READ = 1 << 18
+_UNREAD = 1 << 15
+"""Bytes that may wait for the HTTP process, what the system adds to each message among them: some ten
+thousand tokens. More would only make tokens old, and requests wait, where the engine is the faster one."""
 
 
 class Channel:
@@ -19,6 +22,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._socket.setblocking(False)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
         self._frames = Frames()
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
         self._encode = msgspec.msgpack.Encoder(enc_hook=str).encode  # a description may hold anything
