@@ -21,7 +21,7 @@ template <class T> struct Qkv {
     T *q_out, *k_out, *v_out;
     int64_t qkv_stride, q_stride, kv_stride, table_stride;
     const int32_t *tables, *slots, *positions;
-    int32_t rows, q_heads, kv_heads, head_dim, block;
+    int32_t rows, q_heads, kv_heads, head_dim, block, early;
     float eps;
 };
 
@@ -136,19 +136,23 @@ __global__ void __launch_bounds__(WARPS * 32) rope_append(const __grid_constant_
     const int there = row >= args.rows ? 0 : min(HEADS, heads - first);
     T *const keys = reinterpret_cast<T *>(shared);
 
+    release_next();
+    if (args.early == 0)
+        await_previous();
     Elements<T, V> of[HEADS], cos, sin; // all are asked for before any is used
-#pragma unroll
-    for (int h = 0; h < HEADS; h++)
-        if (h < there)
-            of[h].load(args.qkv + row * args.qkv_stride + (first + h) * D, half, lane);
     if (there > 0) {
         cos.load(args.cos + row * D, half, lane);
         sin.load(args.sin + row * D, half, lane);
     }
     Target target{-1, 0};
-    bool together = false; // the keys of the block's rows
     if (first + HEADS > q_heads)
         target = target_of(args, static_cast<int>(row));
+    await_previous();
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+        if (h < there)
+            of[h].load(args.qkv + row * args.qkv_stride + (first + h) * D, half, lane);
+    bool together = false; // the keys of the block's rows
     if (MANY && first + HEADS > q_heads && first < q_heads + args.kv_heads) { // the same for all of the block
         if (lane == 0)
             targets[warp] = target;
@@ -203,16 +207,16 @@ template <class T> void launch(const neo_cuda_qkv &args, cudaStream_t stream) {
                         writable(args.k_out),  writable(args.v_out),  args.qkv_stride,     args.q_stride,
                         args.kv_stride,        args.table_stride,     args.block_tables,   args.slots,
                         args.positions,        args.rows,             args.q_heads,        cache.kv_heads,
-                        cache.head_dim,        cache.block_size,      args.eps};
+                        cache.head_dim,        cache.block_size,      args.early,          args.eps};
     const int heads = args.q_heads + 2 * cache.kv_heads;
     if (in_pairs(args, sizeof(T)) && args.rows >= MANY_ROWS) {
         const dim3 grid((args.rows + WARPS - 1) / WARPS, (heads + MANY_HEADS - 1) / MANY_HEADS);
         const size_t keys = sizeof(T) * MANY_HEADS * WARPS * cache.head_dim; // 32 KiB at most
-        launch_kernel(rope_append<T, MANY_HEADS, 2>, grid, WARPS * 32, keys, stream, kernel);
+        launch_overlapping(rope_append<T, MANY_HEADS, 2>, grid, WARPS * 32, keys, stream, kernel);
         return;
     }
     const auto one = in_pairs(args, sizeof(T)) ? rope_append<T, 1, 2> : rope_append<T, 1, 1>;
-    launch_kernel(one, dim3(args.rows, (heads + WARPS - 1) / WARPS), WARPS * 32, 0, stream, kernel);
+    launch_overlapping(one, dim3(args.rows, (heads + WARPS - 1) / WARPS), WARPS * 32, 0, stream, kernel);
 }
 
 neo_cuda_status check(const neo_cuda_qkv &args) noexcept {
