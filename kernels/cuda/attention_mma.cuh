@@ -25,8 +25,12 @@ template <class T, int D> __device__ void clear_empty(const Attention &args, int
                     from_float<T>(0.f);
 }
 
+// Blocks of which a multiprocessor has registers for; beside two of them, room is then left for the kernel ahead.
+template <int D, int N> constexpr int CTAS_BY_REGISTERS = N == 1 && D <= 128 ? 3 : 2;
+
 template <class T, int D, int N>
-__global__ void __launch_bounds__(WARPS_OF_CTA * 32) attend(const __grid_constant__ Attention args) {
+__global__ void __launch_bounds__(WARPS_OF_CTA * 32, CTAS_BY_REGISTERS<D, N>)
+    attend(const __grid_constant__ Attention args) {
     NEO_DYNAMIC_SHARED(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int worker = blockIdx.x * WARPS_OF_CTA + warp;
