@@ -46,7 +46,7 @@ typedef enum neo_cuda_dtype { NEO_CUDA_FP32 = 0, NEO_CUDA_FP16 = 1, NEO_CUDA_BF1
 
 /* NEO_CUDA_ABI of the library. */
 int32_t neo_cuda_abi(void);
-/* "1.0.0": the library's version. */
+/* "2.0.0": the library's version. */
 const char *neo_cuda_version(void);
 /* Why the last call on this thread failed; "" if it did not. Valid until this thread's next call. */
 const char *neo_cuda_last_error(void);

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neo.core.errors import InputError
 from neo.runtime import cuda_kernels as kernels
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
@@ -148,7 +149,7 @@ class Rows:
         self._late = kernels.qkv_rope_append(
             self.cache, self.qkv, kernels.QkvWeights(), ones, torch.zeros_like(ones), *heads, *common
         )
-        limit = int(os.environ.get("NEO_CUDA_AHEAD_BYTES", _AHEAD_BYTES))
+        limit = _ahead_bytes()
         self._ahead = [
             {name: ctypes.pointer(kernels.ahead(getattr(layer, name), limit)) for name in _PRODUCTS}
             for layer in model.weights.layers
@@ -244,6 +245,14 @@ class Rows:
         self._fetch(self._silu, layer, "down")
         self._silu()
         _project(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
+
+
+def _ahead_bytes() -> int:
+    """How much to fetch of a product's weights, from the environment if it says so."""
+    said = os.environ.get("NEO_CUDA_AHEAD_BYTES", str(_AHEAD_BYTES))
+    if not said.isdecimal():
+        raise InputError(f"NEO_CUDA_AHEAD_BYTES: must be a number of bytes, is '{said}'")
+    return int(said)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
