@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neo.core.errors import InputError
 from neo.runtime import cuda_kernels as kernels
+from neo.runtime import cuda_library as library
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import BatchInputs
@@ -24,8 +25,8 @@ from neo.runtime.weights import LayerWeights
 
 _FEW = 256
 """Rows up to which a product waits for its weights, so that fetching them ahead is worth it."""
-_AHEAD_BYTES = 8 << 20
-"""Of weights, fetched to the L2 cache while the kernel ahead of their product does not read much."""
+_AHEAD_SHARE = 6
+"""Weights that are fetched to the L2 cache while the kernel ahead of their product reads little fill a sixth."""
 _PRODUCTS = ("qkv", "out", "gate_up", "down")
 _NO_SLOT = -1  # of rows whose KV does not go into the GPU's cache with PRE
 
@@ -248,8 +249,10 @@ class Rows:
 
 
 def _ahead_bytes() -> int:
-    """How much to fetch of a product's weights, from the environment if it says so."""
-    said = os.environ.get("NEO_CUDA_AHEAD_BYTES", str(_AHEAD_BYTES))
+    """How much to fetch of a product's weights: what the environment says, else a share of the L2 cache."""
+    said = os.environ.get("NEO_CUDA_AHEAD_BYTES")
+    if said is None:
+        return library.describe().l2_bytes // _AHEAD_SHARE
     if not said.isdecimal():
         raise InputError(f"NEO_CUDA_AHEAD_BYTES: must be a number of bytes, is '{said}'")
     return int(said)
