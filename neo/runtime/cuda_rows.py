@@ -26,7 +26,7 @@ from neo.runtime.weights import LayerWeights
 _FEW = 256
 """Rows up to which a product waits for its weights, so that fetching them ahead is worth it."""
 _AHEAD_SHARE = 6
-"""Weights that are fetched to the L2 cache while the kernel ahead of their product reads little fill a sixth."""
+"""A sixth of the L2 cache is for weights fetched while the kernel ahead of their product reads little."""
 _PRODUCTS = ("qkv", "out", "gate_up", "down")
 _NO_SLOT = -1  # of rows whose KV does not go into the GPU's cache with PRE
 
@@ -252,7 +252,7 @@ def _ahead_bytes() -> int:
     """How much to fetch of a product's weights: what the environment says, else a share of the L2 cache."""
     said = os.environ.get("NEO_CUDA_AHEAD_BYTES")
     if said is None:
-        return library.describe().l2_bytes // _AHEAD_SHARE
+        return int(library.describe().l2_bytes) // _AHEAD_SHARE
     if not said.isdecimal():
         raise InputError(f"NEO_CUDA_AHEAD_BYTES: must be a number of bytes, is '{said}'")
     return int(said)
