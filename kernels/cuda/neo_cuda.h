@@ -178,6 +178,23 @@ typedef struct neo_cuda_silu {
 neo_cuda_status neo_cuda_silu_mul(const neo_cuda_silu *args, void *stream);
 
 /*
+ * Of every row's position, in fp32 and rounded once: cos[row][d] = scale * cos(position * frequencies[d]), sin likewise.
+ * Frequencies negated in the first half of head_dim give neo_cuda_qkv's signs.
+ */
+typedef struct neo_cuda_angles {
+    size_t size;
+    const int32_t *positions;  /* [rows] */
+    const float *frequencies;  /* [head_dim] */
+    void *cos, *sin;           /* [rows][head_dim] of dtype, contiguous */
+    int32_t rows;
+    int32_t head_dim; /* even, up to 256 */
+    int32_t dtype;
+    float scale;
+} neo_cuda_angles;
+
+neo_cuda_status neo_cuda_rope_angles(const neo_cuda_angles *args, void *stream);
+
+/*
  * What becomes of a row of the fused projection [q heads | k heads | v heads]: bias is added, each q and k head is
  * normalised (RMS, times its weight), q and k are rotated:
  *     x[d] = x[d] * cos[row][d] + x[(d + head_dim / 2) % head_dim] * sin[row][d]

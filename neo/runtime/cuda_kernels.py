@@ -219,6 +219,30 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> Launch:
     return Launch("neo_cuda_silu_mul", args, (gate_up, out))
 
 
+def rope_angles(positions: Tensor, frequencies: Tensor, scale: float, cos: Tensor, sin: Tensor) -> Launch:
+    """Scaled cosines and sines [rows, dim], contiguous, of int32 positions [rows] times float32 [dim]."""
+    rows, dim = cos.shape
+    if frequencies.shape != (dim,) or frequencies.dtype != torch.float32 or not frequencies.is_contiguous():
+        raise ValueError(
+            f"frequencies are {tuple(frequencies.shape)} {frequencies.dtype}, must be float32 ({dim},)"
+        )
+    if sin.shape != cos.shape or sin.dtype != cos.dtype or not (cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError(
+            f"cos is {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}: must agree"
+        )
+    args = c.Angles(
+        positions=_ints(positions, "positions", rows),
+        frequencies=frequencies.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        rows=rows,
+        head_dim=dim,
+        dtype=CODE[cos.dtype],
+        scale=scale,
+    )
+    return Launch("neo_cuda_rope_angles", args, (positions, frequencies, cos, sin))
+
+
 @dataclass(frozen=True, slots=True)
 class QkvWeights:
     """What a layer adds to its projection: bias [(q + 2 kv heads) * dim], norms [dim] of q and k; or None."""

@@ -129,6 +129,22 @@ class Silu(Sized):
     )
 
 
+class Angles(Sized):
+    """``neo_cuda_angles``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("positions", c_void_p),
+        ("frequencies", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("rows", c_int32),
+        ("head_dim", c_int32),
+        ("dtype", c_int32),
+        ("scale", c_float),
+    )
+
+
 class Qkv(Sized):
     """``neo_cuda_qkv``."""
 
@@ -231,6 +247,7 @@ LAUNCHES: dict[str, type[Sized]] = {
     "neo_cuda_decode_attention": Decode,
     "neo_cuda_add_rms_norm": Norm,
     "neo_cuda_silu_mul": Silu,
+    "neo_cuda_rope_angles": Angles,
     "neo_cuda_qkv_rope_append": Qkv,
     "neo_cuda_copy_blocks": Copy,
     "neo_cuda_copy_runs": Copy,

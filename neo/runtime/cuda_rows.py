@@ -136,6 +136,10 @@ class Rows:
         # Any table: its address changes with every layer.
         table = torch.zeros((1, 1), dtype=torch.int32, device=model.device)
         common = (table, inputs.device_slots, inputs.device_positions)
+        rotary = model.rotary
+        self._angles = kernels.rope_angles(
+            inputs.device_positions, rotary.signed, rotary.scale, self.cos, self.sin
+        )
         heads = (self.q, self.k, self.v)
         norms = weights.qk_norm
         extra = kernels.QkvWeights(
@@ -177,8 +181,8 @@ class Rows:
         n, inputs = at.rows, self.inputs
         self.at = at
         torch.index_select(self.model.weights.embedding, 0, inputs.device_tokens[:n], out=self.hidden[:n])
-        cos, sin = self.model.rope(inputs.device_positions[:n])
-        self.cos[:n], self.sin[:n] = cos.flatten(1), sin.flatten(1)
+        self._angles.args.rows = n
+        self._angles()
         self._norm.args.rows = self._silu.args.rows = self._qkv.args.rows = n
         if self.attention is not None and at.gpu_rows:
             args, by = self.attention.attend.args, self.qkv.element_size()

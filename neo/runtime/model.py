@@ -40,6 +40,7 @@ class Model:
         config: what it is; ``config.dtype`` is the dtype it runs in.
         dtype: of weights, hidden states, and q, k, v.
         device: where weights are and arguments must be.
+        rotary: frequencies of its rotation.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
@@ -47,7 +48,7 @@ class Model:
         self.weights = weights
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
-        self._rotary = RotaryEmbedding(config.rope, config.head_dim, self.dtype, self.device)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, self.dtype, self.device)
         self._rotated = config.heads + config.kv_heads  # heads of Q and K
 
     @classmethod
@@ -95,7 +96,7 @@ class Model:
 
     def rope(self, positions: Tensor) -> Rope:
         """What ``pre`` needs of ``positions`` (int64 ``[T]``); once per step."""
-        return self._rotary(positions)
+        return self.rotary(positions)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states ``[T, hidden]`` of ``tokens`` (int64 ``[T]``)."""
