@@ -28,7 +28,7 @@ from neo.runtime import cuda_library
 from neo.runtime.block_tables import BlockTables, Copies
 from neo.runtime.cuda_attention import Prefill
 from neo.runtime.cuda_graphs import Graphs, padded, valid_rows
-from neo.runtime.cuda_host import HandOver, HostAttention
+from neo.runtime.cuda_host import HandOver, HostAttention, Submitted
 from neo.runtime.cuda_memory import TableMirror, device_memory, pinned_memory
 from neo.runtime.cuda_program import COPIES, ORDERED, Step, program, work_of
 from neo.runtime.cuda_rows import Layout, Rows
@@ -38,10 +38,8 @@ from neo.runtime.errors import EngineError
 from neo.runtime.executor import FAULTS, Pending, Sample, StepTimes
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
-from neo.runtime.step_inputs import BatchInputs, DecodeRows, StepInputs
+from neo.runtime.step_inputs import BatchInputs, StepInputs
 
-Part = tuple[HandOver, DecodeRows]
-"""A sub-batch's CPU decodes and the channel they go through."""
 _WAY = {(OpKind.SWAP_OUT, -1): Way.OUT, (OpKind.SWAP_OUT, 0): Way.SPILL}
 _WAY |= {(OpKind.SWAP_IN, -1): Way.IN, (OpKind.STREAM, 0): Way.STREAM}
 
@@ -175,11 +173,9 @@ class CudaExecutor:
         """Run a step to its end; see ``neo.runtime.executor.Executor``."""
         return self.start(plan, graph, inputs, copies, sample)()
 
-    def may_follow(self, running: StepPlan, plan: StepPlan) -> bool:
-        """Whether a step can be queued behind one; see ``neo.runtime.executor.Queueing``."""
-        if self.timed or self._ran < self.slices_of or not self.options.graphs:
-            return False
-        return _stays(running) and _stays(plan) and not any(b.prefill or b.cpu_decode for b in plan.batches)
+    def may_be_followed(self, plan: StepPlan) -> bool:
+        """Whether a step can be queued behind this one; see ``neo.runtime.executor.Queueing``."""
+        return not self.timed and self._ran > self.slices_of and _stays(plan)
 
     def start(
         self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Copies, sample: Sample
@@ -194,19 +190,21 @@ class CudaExecutor:
                 self._replay(graph, inputs)
             else:
                 self._walk(plan, graph, inputs, copies, timed)
-            parts, timeline, number = self._parts, self._timeline, self._ran
-            ended = [s.record_event() for s in (self._main, *(self._streams.values() if plan.moves else ()))]
+            told, timeline, number = self._told, self._timeline, self._ran
+            copying = self._streams.values() if program(graph.template)[0] else ()
+            ended = [s.record_event() for s in (self._main, *copying)]
         self._ran += 1
 
         def wait() -> StepTimes:
             with _faults():
                 for event in ended:
                     event.synchronize()
-                self._settle(parts)
+                if told is not None and self._host is not None:
+                    self._host.finish(told)
                 end = time.perf_counter()
                 times = StepTimes(max(begin, self._ended_s), end, [0.0] * len(graph.works), measured=timed)
                 self._ended_s = end
-                self._note(times, graph, inputs, parts, timeline, number)
+                self._note(times, graph, inputs, told, timeline, number)
             return times
 
         return wait
@@ -216,14 +214,14 @@ class CudaExecutor:
         times: StepTimes,
         graph: StepGraph,
         inputs: StepInputs,
-        parts: Sequence[Part],
+        told: Submitted | None,
         timeline: Timeline | None,
         number: int,
     ) -> None:
         """What operations of a step that has ended took, as far as it was measured."""
         answers: dict[int, npt.NDArray[np.int64]] = {}
-        if self._host is not None and parts:
-            answers = {b: self._host.times[:, i] for i, b in enumerate(_with_cpu(inputs))}
+        if told is not None:
+            answers = {b: told.times[:, i] for i, b in enumerate(_with_cpu(inputs))}
         if timeline is not None:
             for work, found in timeline.slices(number, answers):
                 times.seconds[work] += found.end_s - found.start_s
@@ -246,19 +244,13 @@ class CudaExecutor:
 
         ``counted``: rows are padded, and the device reads how many of them count.
         """
-        self._parts: list[Part] = []
+        parts = []
         for i, (batch, at) in enumerate(zip(inputs.batches, layouts, strict=True)):
             if len(batch.cpu):
                 counts = self._rows[i].inputs.device_counts.data_ptr() if counted else None
                 self._over[i].place(at.cpu, at.cpu_rows, counts)
-                self._parts.append((self._over[i], batch.cpu))
-        if self._parts and self._host is not None:
-            self._host.submit(self._parts)
-
-    def _settle(self, parts: Sequence[Part]) -> None:
-        """After the device has ended a step: what the host says of its part."""
-        if parts and self._host is not None:
-            self._host.finish(parts)
+                parts.append((self._over[i], batch.cpu))
+        self._told = self._host.submit(parts) if parts and self._host is not None else None
 
     def _replay(self, graph: StepGraph, inputs: StepInputs) -> None:
         """Run a step of decodes alone as a CUDA graph, captured the first time."""
@@ -481,7 +473,7 @@ class CudaExecutor:
                 hidden.append(rows.hidden.index_select(0, index))
                 delta.append(rows.delta.index_select(0, index))
         both = [torch.cat(h) if len(h) > 1 else h[0] for h in (hidden, delta)]
-        self._choose(self.model.head(both[0].add_(both[1])))
+        self._choose(self.model.logits(both[0].add_(both[1])))
 
     def _choose(self, logits: Tensor) -> None:
         """Tokens of the step's sampled rows; those chosen on the device are noted for the step behind it."""
@@ -495,7 +487,7 @@ class CudaExecutor:
             rows.hidden[: at.rows] + rows.delta[: at.rows]
             for rows, at in zip(self._rows, self._layouts, strict=False)
         ]
-        return self.model.head(torch.cat(ends) if len(ends) > 1 else ends[0])
+        return self.model.logits(torch.cat(ends) if len(ends) > 1 else ends[0])
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
@@ -507,7 +499,7 @@ def _layout(batch: BatchInputs) -> Layout:
 
 
 def _stays(plan: StepPlan) -> bool:
-    """Whether a step moves no KV, and streams none."""
+    """Whether a step moves no KV and streams none, so that no block becomes free behind it."""
     if plan.moves or plan.evict:
         return False
     chunks = [c for b in plan.batches for c in b.prefill]

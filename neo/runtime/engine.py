@@ -300,12 +300,18 @@ class Engine:
         except NeoError as error:
             self._failed = error
         if self._next is not None and self._may_follow(running, self._next.planned.plan):
+            self.executor.tables.commit()  # a step that is followed leaves no blocks behind
             self._next = self._launch(self._next)
 
     def _may_follow(self, running: _Running, plan: StepPlan) -> bool:
         """Whether a step can be queued behind the one that runs, whose tokens nobody has seen yet."""
         queue = self._queue
-        if queue is None or not (running.choice.settled and queue.may_follow(running.planned.plan, plan)):
+        before = running.planned.plan
+        if queue is None or not (running.choice.settled and queue.may_be_followed(before)):
+            return False
+        # A slot that is given up may be written again, which a CPU attention that still runs would read.
+        given_up = plan.evict or self.scheduler.ended or self.scheduler.leaving
+        if given_up and any(b.cpu_decode for b in before.batches):
             return False
         members = [r for b in plan.batches for r in (*b.decodes, *[c.request for c in b.prefill])]
         return all(self._live[r.id].state.plain for r in members)
@@ -321,7 +327,8 @@ class Engine:
         outputs, stopped = self._accept(running.choice)
         self._recorder.observe_measured(running.begun, times.busy(graph), start, end)
         self.scheduler.finish_step(planned, StepResult(end, stopped=stopped))
-        self.executor.tables.commit()
+        if self._next is None or self._next.ended is None:
+            self.executor.tables.commit()
         if self.log:
             self.log.step(
                 planned.plan,

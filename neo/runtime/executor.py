@@ -96,8 +96,11 @@ class Queueing(Executor, Protocol):
         """As ``run``, without waiting. Tokens that the step before samples are ``pending_token``s."""
         ...
 
-    def may_follow(self, running: StepPlan, plan: StepPlan) -> bool:
-        """Whether ``plan`` may be started while ``running`` runs, both having been applied."""
+    def may_be_followed(self, plan: StepPlan) -> bool:
+        """Whether the next step may be started while this one, the last that was started, runs.
+
+        Only where no block becomes free behind it.
+        """
         ...
 
 

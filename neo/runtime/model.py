@@ -138,8 +138,12 @@ class Model:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits, float32 ``[R, vocab]``, of the rows ``hidden [R, hidden]`` that a token is wanted for."""
+        return self.logits(hidden).float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The same in the model's own dtype."""
         x = rms_norm(hidden, (self.config.hidden,), self.weights.norm, self.config.rms_eps)
-        return linear(x, self.weights.head).float()
+        return linear(x, self.weights.head)
 
 
 def _check_room(config: ModelConfig, device: torch.device) -> None:

@@ -203,6 +203,8 @@ class _Builder:
         tokens.extend(known.prompt[chunk.start : stop])
         if stop > r.prompt_tokens:  # after a preemption what was generated is computed again
             tokens.extend(known.tokens[max(0, chunk.start - r.prompt_tokens) : stop - r.prompt_tokens])
+        if len(tokens) - row != chunk.length:
+            raise AssertionError(f"request {r.id}: {len(tokens) - row} of {chunk.length} tokens are known")
         if stop == r.known:
             sampled.append(len(tokens) - 1)
             self.sampled.append(r.id)

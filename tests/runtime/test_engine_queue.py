@@ -18,7 +18,7 @@ from engine_builders import add, make_engine, prompt_of, run, tiny_model
 from exactness import Reference, ToFinish, reference_of, serve
 
 from neo.core.plan import StepPlan
-from neo.core.request import FinishReason
+from neo.core.request import FinishReason, Tier
 from neo.core.runlog import RunLog
 from neo.policy.registry import load_policy
 from neo.runtime.executor import Queueing, StepTimes
@@ -40,12 +40,10 @@ class Queue:
         self.queued = 0
         self.resolved = 0
 
-    def may_follow(self, running: StepPlan, plan: StepPlan) -> bool:
-        plans = (running, plan)
-        chunks = [c for p in plans for b in p.batches for c in b.prefill]
-        stays = not any(p.moves or p.evict for p in plans) and all(c.dst.value == "gpu" for c in chunks)
-        streams = any(b.stream_decode or b.cpu_decode for p in plans for b in p.batches)
-        return stays and not streams and not any(b.prefill for b in plan.batches)
+    def may_be_followed(self, running: StepPlan) -> bool:
+        chunks = [c for b in running.batches for c in b.prefill]
+        streams = any(b.stream_decode for b in running.batches)
+        return not (running.moves or running.evict or streams or any(c.dst is Tier.CPU for c in chunks))
 
     def start(
         self, plan: StepPlan, graph: Any, inputs: Any, copies: Any, sample: Any
