@@ -17,7 +17,7 @@ from neo.runtime.block_tables import BlockTables
 from neo.runtime.device import kv_bytes
 from neo.runtime.executor import Executor
 from neo.runtime.kv_memory import available_bytes
-from neo.runtime.machine import local_hardware, usable_cores
+from neo.runtime.machine import local_hardware, read_bandwidth, usable_cores
 from neo.runtime.model import Model
 
 _GIB = 1 << 30
@@ -87,6 +87,7 @@ class CudaDevice:
         twin = torch.empty_like(big)
         h2d = _BYTES / _best(lambda: big.copy_(pinned, non_blocking=True))
         d2h = _BYTES / _best(lambda: pinned.copy_(big, non_blocking=True))
+        read = read_bandwidth(self.cpu_threads, self.cpu_cores) or host.cpu_bandwidth
         return replace(
             host,
             name=f"{name.removeprefix('NVIDIA ').lower().replace(' ', '-')}+{self.cpu_threads}",
@@ -97,6 +98,8 @@ class CudaDevice:
             h2d_bandwidth=h2d,
             d2h_bandwidth=d2h,
             duplex_bandwidth=max(h2d, d2h),
+            cpu_bandwidth=read,
+            cpu_bandwidth_beside_copy=read,
             cpu_memory_bytes=float(available_bytes() or host.cpu_memory_bytes),
         )
 
