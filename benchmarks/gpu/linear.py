@@ -52,7 +52,7 @@ MODELS: dict[str, dict[str, tuple[int, int, int]]] = {
 VARIANTS = ("torch", "torch_lt", "tuned")
 
 
-def median_seconds(work: Callable[[int], None], nodes: int, replays: int = REPLAYS) -> float:
+def median_seconds(work: Callable[[int], object], nodes: int, replays: int = REPLAYS) -> float:
     """Of one call of ``work(i)``, of which a graph holds so many."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -129,9 +129,10 @@ class Shape:
                 return self._timed(by_torch, x, out, exact)
         if name == "torch":
             return self._timed(by_torch, x, out, exact)
-        size = tuned.Size(len(x), *self.weights[0].shape, False)
+        out_width, width = self.weights[0].shape
+        size = tuned.Size(len(x), out_width, width, self.dtype, False)
         began = time.perf_counter()
-        plan = tuned.Plan(size, self.dtype, self.workspace, search=self.search)
+        plan = tuned.Plan(size, self.workspace, search=self.search)
         about["choice"] = asdict(plan.tune(x, self.weights, None, out))
         about["tuning_seconds"] = time.perf_counter() - began
         return self._timed(lambda x, w, out: plan(x, w, None, out), x, out, exact) | about

@@ -61,11 +61,12 @@ class Choice:
 
 
 class Size(NamedTuple):
-    """A product's size: rows x in by out x in, and whether a bias is added."""
+    """What a plan is made for: rows x in by out x in, the type, and whether a bias is added."""
 
     rows: int
     out: int
     in_: int
+    dtype: torch.dtype
     bias: bool
 
 
@@ -73,7 +74,7 @@ class Plan:
     """A kernel for one size, on the current device.
 
     Args:
-        size, dtype: fp16 or bf16; in and out multiples of 8. Tensors are contiguous.
+        size: in fp16 or bf16, in and out multiples of 8. Tensors are contiguous.
         workspace: uint8 on the device, aligned to 256 bytes; one product at a time.
         like: take over this plan's kernel (of another number of rows).
         search: 0 to 2, see ``neo_cuda.h``.
@@ -83,9 +84,7 @@ class Plan:
         CudaKernelError: no cuBLASLt here, or it has no kernel for this.
     """
 
-    def __init__(
-        self, size: Size, dtype: torch.dtype, workspace: Tensor, like: Plan | None = None, search: int = 1
-    ) -> None:
+    def __init__(self, size: Size, workspace: Tensor, like: Plan | None = None, search: int = 1) -> None:
         self.size = size
         shape = c.LinearShape(
             like=None if like is None else like.handle,
@@ -96,7 +95,7 @@ class Plan:
             rows=size.rows,
             in_=size.in_,
             out=size.out,
-            dtype=CODE[dtype],
+            dtype=CODE[size.dtype],
             bias=size.bias,
             search=search,
         )
@@ -211,14 +210,14 @@ class Products:
                 self._tune(size, weights, bias)
 
     def _tune(self, size: Size, weights: Sequence[Tensor], bias: Tensor | None) -> None:
-        dtype, device = weights[0].dtype, weights[0].device
+        device = weights[0].device
         if self._workspace is None:
             self._workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
         generator = torch.Generator(device).manual_seed(0)  # torch's own state stays as it is
-        x = torch.randn((size.rows, size.in_), generator=generator, device=device, dtype=dtype)
-        out = torch.empty((size.rows, size.out), dtype=dtype, device=device)
+        x = torch.randn((size.rows, size.in_), generator=generator, device=device, dtype=size.dtype)
+        out = torch.empty((size.rows, size.out), dtype=size.dtype, device=device)
         try:
-            plan = Plan(size, dtype, self._workspace)
+            plan = Plan(size, self._workspace)
             self.choices[size] = plan.tune(x, weights, bias, out)
         except c.CudaKernelError as error:
             self.why_not = str(error)
@@ -239,12 +238,11 @@ class Products:
         padded = padded_rows(size.rows)
         if padded not in self._tuned:
             return None  # not yet
-        tuned = self._plans.get(Size(padded, size.out, size.in_, size.bias))
+        tuned = self._plans.get(size._replace(rows=padded))
         plan = None
         if tuned is not None and self._workspace is not None and padded != size.rows:
-            dtype = self._families[0][0][0].dtype
             try:
-                plan = Plan(size, dtype, self._workspace, like=tuned)
+                plan = Plan(size, self._workspace, like=tuned)
             except c.CudaKernelError:
                 plan = None  # that kernel does not do this number of rows
         self._plans[size] = plan
@@ -252,4 +250,4 @@ class Products:
 
 
 def _size(rows: int, weight: Tensor, bias: Tensor | None) -> Size:
-    return Size(rows, weight.shape[0], weight.shape[1], bias is not None)
+    return Size(rows, weight.shape[0], weight.shape[1], weight.dtype, bias is not None)

@@ -17,6 +17,8 @@ from neo.runtime import cuda_library as c
 from neo.runtime import cuda_linear
 from neo.runtime.cuda_linear import ROW_SIZES, Choice, Plan, Products, Size, padded_rows
 
+BF16 = torch.bfloat16
+
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -39,9 +41,7 @@ class FakePlan:
     refuses: frozenset[int] = frozenset()
     none_here = False
 
-    def __init__(
-        self, size: Size, dtype: torch.dtype, workspace: Tensor, like: FakePlan | None = None
-    ) -> None:
+    def __init__(self, size: Size, workspace: Tensor, like: FakePlan | None = None) -> None:
         if self.none_here or (like is not None and size.rows in self.refuses):
             raise c.CudaKernelError("no cuBLASLt")
         self.size, self.like, self.calls, self.weights = size, like, 0, 0
@@ -92,7 +92,7 @@ def test_a_size_is_tuned_once_for_each_shape_with_all_its_layers(fake: type[Fake
     products = Products(families)
     products.prepare(7)
     products.prepare(8)
-    assert [plan.size for plan in fake.made] == [Size(8, 24, 16, False), Size(8, 16, 24, True)]
+    assert [plan.size for plan in fake.made] == [Size(8, 24, 16, BF16, False), Size(8, 16, 24, BF16, True)]
     assert all(plan.weights == 3 for plan in fake.made)
     assert set(products.choices) == {plan.size for plan in fake.made}
 
@@ -279,9 +279,9 @@ def test_it_can_be_captured() -> None:
 @needs_gpu
 def test_plans_of_other_sizes_are_refused() -> None:
     workspace = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
-    plan = Plan(Size(8, 64, 64, False), torch.float16, workspace)
+    plan = Plan(Size(8, 64, 64, torch.float16, False), workspace)
     with pytest.raises(ValueError, match="like: its plan is of 64 x 64"):
-        Plan(Size(4, 128, 64, False), torch.float16, workspace, like=plan)
+        Plan(Size(4, 128, 64, torch.float16, False), workspace, like=plan)
     x = torch.zeros(8, 64, dtype=torch.float16, device="cuda")
     with pytest.raises(ValueError, match="bias must be NULL"):
         plan(x, x, x, x)
