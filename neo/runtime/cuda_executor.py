@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from neo.core.graph import RESOURCE_OF, OpKind, Resource, StepGraph, Template
 from neo.core.plan import StepPlan
+from neo.core.request import Tier
 from neo.runtime import cuda_kernels as kernels
 from neo.runtime import cuda_library
 from neo.runtime.block_tables import BlockTables, Copies
@@ -34,11 +35,13 @@ from neo.runtime.cuda_rows import Layout, Rows
 from neo.runtime.cuda_step import LayerCopies, Special, Way, special_rows, to_device
 from neo.runtime.cuda_timeline import Timeline, host_slices
 from neo.runtime.errors import EngineError
-from neo.runtime.executor import FAULTS, Sample, StepTimes
+from neo.runtime.executor import FAULTS, Pending, Sample, StepTimes
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import BatchInputs, DecodeRows, StepInputs
 
+Part = tuple[HandOver, DecodeRows]
+"""A sub-batch's CPU decodes and the channel they go through."""
 _WAY = {(OpKind.SWAP_OUT, -1): Way.OUT, (OpKind.SWAP_OUT, 0): Way.SPILL}
 _WAY |= {(OpKind.SWAP_IN, -1): Way.IN, (OpKind.STREAM, 0): Way.STREAM}
 
@@ -115,6 +118,7 @@ class CudaExecutor:
             self._graphs = Graphs()
         self._main.synchronize()
         self._ran = 0
+        self._ended_s = 0.0  # when the step before ended
         self._capturing = False
         self._special: Special | None = None
         self._timeline: Timeline | None = None
@@ -169,26 +173,68 @@ class CudaExecutor:
         self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Copies, sample: Sample
     ) -> StepTimes:
         """Run a step to its end; see ``neo.runtime.executor.Executor``."""
+        return self.start(plan, graph, inputs, copies, sample)()
+
+    def may_follow(self, running: StepPlan, plan: StepPlan) -> bool:
+        """Whether a step can be queued behind one; see ``neo.runtime.executor.Queueing``."""
+        if self.timed or self._ran < self.slices_of or not self.options.graphs:
+            return False
+        return _stays(running) and _stays(plan) and not any(b.prefill or b.cpu_decode for b in plan.batches)
+
+    def start(
+        self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Copies, sample: Sample
+    ) -> Pending:
+        """Launch a step; see ``neo.runtime.executor.Queueing``."""
         timed = self.timed or self._ran < self.slices_of
-        try:
-            with torch.inference_mode(), torch.cuda.stream(self._main):
-                begin = time.perf_counter()
-                self._mirror.update()
-                self._sample, self._inputs = sample, inputs
-                if self.options.graphs and not timed and _only_decodes(plan, inputs):
-                    self._replay(graph, inputs)
-                    times = StepTimes(begin, time.perf_counter(), [0.0] * len(graph.works), measured=False)
-                else:
-                    times = self._walk(plan, graph, inputs, copies, begin, timed)
-        except FAULTS as error:
-            if isinstance(error, EngineError):
-                raise
-            raise EngineError(f"the step on the GPU failed: {error}") from error
+        with _faults(), torch.inference_mode(), torch.cuda.stream(self._main):
+            begin = time.perf_counter()
+            self._mirror.update()
+            self._sample, self._inputs = sample, inputs
+            if self.options.graphs and not timed and _only_decodes(plan, inputs):
+                self._replay(graph, inputs)
+            else:
+                self._walk(plan, graph, inputs, copies, timed)
+            parts, timeline, number = self._parts, self._timeline, self._ran
+            ended = [s.record_event() for s in (self._main, *(self._streams.values() if plan.moves else ()))]
         self._ran += 1
-        if self._host is not None and any(len(b.cpu) for b in inputs.batches):
-            for batch, seconds in zip(_with_cpu(inputs), self._host.seconds(), strict=True):
-                times.seconds[work_of(graph.template, OpKind.CPU_ATTN, batch)] = seconds
-        return times
+
+        def wait() -> StepTimes:
+            with _faults():
+                for event in ended:
+                    event.synchronize()
+                self._settle(parts)
+                end = time.perf_counter()
+                times = StepTimes(max(begin, self._ended_s), end, [0.0] * len(graph.works), measured=timed)
+                self._ended_s = end
+                self._note(times, graph, inputs, parts, timeline, number)
+            return times
+
+        return wait
+
+    def _note(
+        self,
+        times: StepTimes,
+        graph: StepGraph,
+        inputs: StepInputs,
+        parts: Sequence[Part],
+        timeline: Timeline | None,
+        number: int,
+    ) -> None:
+        """What operations of a step that has ended took, as far as it was measured."""
+        answers: dict[int, npt.NDArray[np.int64]] = {}
+        if self._host is not None and parts:
+            answers = {b: self._host.times[:, i] for i, b in enumerate(_with_cpu(inputs))}
+        if timeline is not None:
+            for work, found in timeline.slices(number, answers):
+                times.seconds[work] += found.end_s - found.start_s
+                if number < self.slices_of:
+                    times.slices.append(found)
+            if number < self.slices_of:
+                for batch, seconds in answers.items():
+                    times.slices += host_slices(number, batch, seconds)
+        for batch, seconds in answers.items():
+            taken = float((seconds[:, 1] - seconds[:, 0]).sum()) * 1e-9
+            times.seconds[work_of(graph.template, OpKind.CPU_ATTN, batch)] = taken
 
     def table(self, layer: int) -> tuple[int, int]:
         """Address of a layer's block table on the device, and entries between its rows."""
@@ -200,7 +246,7 @@ class CudaExecutor:
 
         ``counted``: rows are padded, and the device reads how many of them count.
         """
-        self._parts: list[tuple[HandOver, DecodeRows]] = []
+        self._parts: list[Part] = []
         for i, (batch, at) in enumerate(zip(inputs.batches, layouts, strict=True)):
             if len(batch.cpu):
                 counts = self._rows[i].inputs.device_counts.data_ptr() if counted else None
@@ -209,10 +255,10 @@ class CudaExecutor:
         if self._parts and self._host is not None:
             self._host.submit(self._parts)
 
-    def _settle(self) -> None:
-        """After the device has ended the step: what the host says of its part."""
-        if self._parts and self._host is not None:
-            self._host.finish(self._parts)
+    def _settle(self, parts: Sequence[Part]) -> None:
+        """After the device has ended a step: what the host says of its part."""
+        if parts and self._host is not None:
+            self._host.finish(parts)
 
     def _replay(self, graph: StepGraph, inputs: StepInputs) -> None:
         """Run a step of decodes alone as a CUDA graph, captured the first time."""
@@ -223,9 +269,7 @@ class CudaExecutor:
         self._submit(inputs, layouts, counted=True)
         key = (graph.template, *((at.gpu_rows, at.cpu_rows) for at in layouts))
         run = self._graphs.replay(key, self._mirror.generation, lambda: self._captured(graph.template))
-        self._sample(valid_rows(run(), inputs, layouts), inputs.sampled)
-        self._main.synchronize()
-        self._settle()
+        self._choose(valid_rows(run(), inputs, layouts))
 
     def _captured(self, template: Template) -> Tensor:
         """Launch a whole step while its stream is being captured; logits of all rows, nobody's too."""
@@ -239,39 +283,12 @@ class CudaExecutor:
         return self._logits
 
     def _walk(
-        self,
-        plan: StepPlan,
-        graph: StepGraph,
-        inputs: StepInputs,
-        copies: Copies,
-        begin: float,
-        timed: bool,
-    ) -> StepTimes:
-        """Launch every operation in program order, then wait for the last."""
+        self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Copies, timed: bool
+    ) -> None:
+        """Launch every operation in program order."""
         self._timeline = Timeline(self._main, self.timed) if timed else None
         self._prepare(plan, inputs, copies, program(graph.template)[0])
         self._launch(graph.template)
-        self._main.synchronize()
-        for stream in self._streams.values():
-            stream.synchronize()
-        self._settle()
-        times = StepTimes(begin, time.perf_counter(), [0.0] * len(graph.works), measured=timed)
-        if self._timeline is not None:
-            answers = dict(zip(_with_cpu(inputs), self._answers(), strict=False))
-            for work, found in self._timeline.slices(self._ran, answers):
-                times.seconds[work] += found.end_s - found.start_s
-                if self._ran < self.slices_of:
-                    times.slices.append(found)
-            if self._ran < self.slices_of:
-                for batch, seconds in answers.items():
-                    times.slices += host_slices(self._ran, batch, seconds)
-        return times
-
-    def _answers(self) -> Iterator[npt.NDArray[np.int64]]:
-        """By sub-batch with CPU decodes: when their attention began and ended in each layer."""
-        if self._host is not None and self._parts:
-            for i in range(len(self._parts)):
-                yield self._host.times[:, i]
 
     def _measure(self, step: Step, layer: int, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
         if self._timeline is None:
@@ -400,7 +417,7 @@ class CudaExecutor:
 
     def _embed(self, _batch: int, _layer: int) -> None:
         for rows, at in zip(self._rows, self._layouts, strict=False):
-            rows.begin(at)
+            rows.begin(at, self._mirror.latest)
 
     def pre(self, batch: int, layer: int) -> None:
         """PRE of a sub-batch."""
@@ -464,7 +481,13 @@ class CudaExecutor:
                 hidden.append(rows.hidden.index_select(0, index))
                 delta.append(rows.delta.index_select(0, index))
         both = [torch.cat(h) if len(h) > 1 else h[0] for h in (hidden, delta)]
-        self._sample(self.model.head(both[0].add_(both[1])), self._inputs.sampled)
+        self._choose(self.model.head(both[0].add_(both[1])))
+
+    def _choose(self, logits: Tensor) -> None:
+        """Tokens of the step's sampled rows; those chosen on the device are noted for the step behind it."""
+        tokens = self._sample(logits, self._inputs.sampled)
+        if tokens is not None:
+            self._mirror.note([self.tables.slot(r) for r in self._inputs.sampled], tokens)
 
     def _all_logits(self) -> Tensor:
         """Of every row, nobody's too."""
@@ -481,6 +504,25 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 def _layout(batch: BatchInputs) -> Layout:
     return Layout(len(batch.tokens), batch.gpu.row, len(batch.gpu), batch.cpu.row, len(batch.cpu))
+
+
+def _stays(plan: StepPlan) -> bool:
+    """Whether a step moves no KV, and streams none."""
+    if plan.moves or plan.evict:
+        return False
+    chunks = [c for b in plan.batches for c in b.prefill]
+    return not any(c.dst is Tier.CPU for c in chunks) and not any(b.stream_decode for b in plan.batches)
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """What the device raises becomes an EngineError."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except FAULTS as error:
+        raise EngineError(f"the step on the GPU failed: {error}") from error
 
 
 def _only_decodes(plan: StepPlan, inputs: StepInputs) -> bool:

@@ -40,14 +40,18 @@ class Layout:
 
 
 class Inputs:
-    """Numbers of a step's rows, one copy to the device: [tokens | positions | slots | decodes | counts]."""
+    """Numbers of a step's rows, one copy to the device: [tokens | positions | slots | decodes | counts].
+
+    On the host there are two of them, taken in turn: a step's may still be on their way when the next one's
+    are written.
+    """
 
     def __init__(self, rows: int, decodes: int, device: torch.device) -> None:
         sizes = [rows, rows, rows, decodes, decodes, 4]
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32).pin_memory()
-        self._device = torch.zeros_like(self._host, device=device)
-        host = np.split(self._host.numpy(), np.cumsum(sizes)[:-1])
-        self.tokens, self.positions, self.slots, self.decode_slots, self.decode_lengths, self.counts = host
+        self._hosts = [torch.zeros(sum(sizes), dtype=torch.int32).pin_memory() for _ in range(2)]
+        self._device = torch.zeros_like(self._hosts[0], device=device)
+        self._cuts = np.cumsum(sizes)[:-1]
+        self._turn()
         (
             self.device_tokens,
             self.device_positions,
@@ -57,8 +61,14 @@ class Inputs:
             self.device_counts,
         ) = torch.split(self._device, sizes)
 
+    def _turn(self) -> None:
+        self._hosts.reverse()
+        host = np.split(self._hosts[0].numpy(), self._cuts)
+        self.tokens, self.positions, self.slots, self.decode_slots, self.decode_lengths, self.counts = host
+
     def fill(self, batch: BatchInputs, at: Layout) -> None:
         """Write the rows of a sub-batch at their places; rows of nobody get token 0 and no slot."""
+        self._turn()
         n, d, c = at.rows, batch.gpu, batch.cpu
         tokens, positions, slots = self.tokens[:n], self.positions[:n], self.slots[:n]
         slots.fill(_NO_SLOT)
@@ -81,7 +91,7 @@ class Inputs:
 
     def send(self) -> None:
         """Copy to the device, on the current stream."""
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(self._hosts[0], non_blocking=True)
 
 
 class Rows:
@@ -157,11 +167,16 @@ class Rows:
 
     # -- a step -------------------------------------------------------------------------------------------
 
-    def begin(self, at: Layout) -> None:
-        """Embedding and angles of the rows, from the inputs on the device; how attention is dealt out."""
+    def begin(self, at: Layout, latest: Tensor) -> None:
+        """Embedding and angles of the rows, from the inputs on the device; how attention is dealt out.
+
+        ``latest``: int32 [slots], the tokens sampled last, for rows whose token is a ``pending_token``.
+        """
         n, inputs = at.rows, self.inputs
         self.at = at
-        torch.index_select(self.model.weights.embedding, 0, inputs.device_tokens[:n], out=self.hidden[:n])
+        given = inputs.device_tokens[:n]
+        tokens = torch.where(given < 0, latest.index_select(0, (-1 - given).clamp_min_(0)), given)
+        torch.index_select(self.model.weights.embedding, 0, tokens, out=self.hidden[:n])
         cos, sin = self.model.rope(inputs.device_positions[:n])
         self.cos[:n], self.sin[:n] = cos.flatten(1), sin.flatten(1)
         self._norm.args.rows = self._silu.args.rows = self._qkv.args.rows = n
