@@ -23,8 +23,9 @@ from torch import Tensor
 
 from neo.runtime import cuda_library as c
 from neo.runtime.cuda_kernels import CODE
+from neo.runtime.weights import LayerWeights
 
-ROW_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+ROW_SIZES = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Rows of captured steps are padded to these: rows of nobody cost next to nothing where weights are read."""
 MOST_ROWS = 1024  # of a tuned product: with more, arithmetic takes the time, and cuBLAS chooses well
 WORKSPACE = 32 << 20
@@ -176,18 +177,19 @@ def tunable(weight: Tensor) -> bool:
     return weight.is_cuda and weight.dtype in _TUNED and fits
 
 
+Family = Sequence[tuple[Tensor, Tensor | None]]
+"""Weights and biases of one product in all layers."""
+
+
 class Products:
     """The products of a model, tuned as far as it pays.
 
     Args:
-        families: for each product of a layer, the weights and biases of all layers, of one shape; timing
-            takes them in turn.
-        most_rows: of a tuned product.
+        families: of one shape each; timing takes a family's weights in turn.
+        most_rows: of a tuned product; 0: torch multiplies everything.
     """
 
-    def __init__(
-        self, families: Sequence[Sequence[tuple[Tensor, Tensor | None]]], most_rows: int = MOST_ROWS
-    ) -> None:
+    def __init__(self, families: Sequence[Family], most_rows: int = MOST_ROWS) -> None:
         self._families = families
         self.most_rows = most_rows
         self.choices: dict[Size, Choice] = {}
@@ -197,17 +199,24 @@ class Products:
         self.why_not = ""
 
     def prepare(self, rows: int) -> None:
-        """Tune for so many rows, as padded, unless that was done; waits for the device. Not in a capture."""
-        rows = padded_rows(rows)
-        if rows in self._tuned or not 0 < rows <= self.most_rows or self.why_not:
+        """Tune for so many rows, as padded, unless that was done; it then waits for the device.
+
+        Not while a graph is captured, but before: products of other numbers of rows are torch's.
+        """
+        padded = padded_rows(rows)
+        if not 0 < padded <= self.most_rows or self.why_not:
             return
-        self._tuned.add(rows)
+        if padded not in self._tuned:
+            self._tuned.add(padded)
+            for family in self._families:
+                weights = [w for w, _ in family]
+                size = _size(padded, *family[0])
+                if size not in self._plans and all(tunable(w) for w in weights):
+                    self._tune(size, weights, family[0][1])
         for family in self._families:
-            weight, bias = family[0]
-            size = _size(rows, weight, bias)
-            weights = [w for w, _ in family]
-            if size not in self.choices and all(tunable(w) for w in weights):
-                self._tune(size, weights, bias)
+            size = _size(rows, *family[0])
+            if size not in self._plans:
+                self._between(size)
 
     def _tune(self, size: Size, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         device = weights[0].device
@@ -233,6 +242,12 @@ class Products:
         else:
             plan(x, weight, bias, out)
 
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x @ weight.T``, as `torch.nn.functional.linear` has it."""
+        out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+        self(x, weight, None, out)
+        return out
+
     def _between(self, size: Size) -> Plan | None:
         """The plan of a size that was not tuned itself, by the next that was padded to."""
         padded = padded_rows(size.rows)
@@ -251,3 +266,16 @@ class Products:
 
 def _size(rows: int, weight: Tensor, bias: Tensor | None) -> Size:
     return Size(rows, weight.shape[0], weight.shape[1], weight.dtype, bias is not None)
+
+
+def layer_products(layers: Sequence[LayerWeights], most_rows: int = MOST_ROWS) -> Products:
+    """Of a model's layers, as `neo.runtime.cuda_rows` multiplies (it adds the bias of qkv elsewhere)."""
+    return Products(
+        [
+            [(w.qkv, None) for w in layers],
+            [(w.out, w.out_bias) for w in layers],
+            [(w.gate_up, w.gate_up_bias) for w in layers],
+            [(w.down, w.down_bias) for w in layers],
+        ],
+        most_rows,
+    )
