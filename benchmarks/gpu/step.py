@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--ahead", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--policy", default="gpu-only")
-    parser.add_argument("--tuned", action=argparse.BooleanOptionalAction, default=True, help="matrix products")
+    parser.add_argument(
+        "--tuned", action=argparse.BooleanOptionalAction, default=True, help="matrix products"
+    )
     parser.add_argument("--profile", action="store_true", help="kernels of ten steps, by torch's profiler")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
