@@ -49,7 +49,7 @@ MODELS: dict[str, dict[str, tuple[int, int, int]]] = {
         "head": (32000, 4096, 1),
     },
 }
-VARIANTS = ("torch", "torch_lt", "tuned")
+VARIANTS = ["torch", "torch_lt", "tuned"]
 
 
 def median_seconds(work: Callable[[int], object], nodes: int, replays: int = REPLAYS) -> float:
@@ -129,6 +129,8 @@ class Shape:
                 return self._timed(by_torch, x, out, exact)
         if name == "torch":
             return self._timed(by_torch, x, out, exact)
+        if name == "triton":
+            return self._triton(x, out, exact)
         out_width, width = self.weights[0].shape
         size = tuned.Size(len(x), out_width, width, self.dtype, False)
         began = time.perf_counter()
@@ -136,6 +138,26 @@ class Shape:
         about["choice"] = asdict(plan.tune(x, self.weights, None, out))
         about["tuning_seconds"] = time.perf_counter() - began
         return self._timed(lambda x, w, out: plan(x, w, None, out), x, out, exact) | about
+
+    def _triton(self, x: Tensor, out: Tensor, exact: Tensor) -> dict[str, Any]:
+        """The best of a few layouts."""
+        import linear_triton as lt
+
+        if len(x) > 128:
+            raise ValueError("for up to 128 rows")
+        found = lt.configs(*self.weights[0].shape, cuda_library.describe().multiprocessors)
+        parts = lt.parts_for(found, len(x), len(self.weights[0]))
+        measured = []
+        for config in found:
+
+            def run(x: Tensor, weight: Tensor, out: Tensor, config: lt.Config = config) -> None:
+                lt.multiply(config, x, weight, parts, out)
+
+            try:
+                measured.append(self._timed(run, x, out, exact) | {"config": asdict(config)})
+            except Exception as error:  # too much shared memory, mostly
+                print(f"      {config}: {type(error).__name__}: {error}")
+        return min(measured, key=lambda m: m["seconds"])
 
     def _timed(self, run: Run, x: Tensor, out: Tensor, exact: Tensor) -> dict[str, Any]:
         out.zero_()
@@ -165,6 +187,8 @@ def line(name: str, rows: int, found: dict[str, Any], ceiling: float) -> str:
             f" stages {choice['stages']} splits {choice['splits']} cluster {choice['cluster']}"
             f" in {found['tuned']['tuning_seconds']:.2f} s, error {found['tuned']['error']:.1e}"
         )
+    if "config" in found.get("triton", {}):
+        text += f"\n      triton: {found['triton']['config']}, error {found['triton']['error']:.1e}"
     for variant in VARIANTS:
         if "seconds" not in found[variant]:
             text += f"\n      {variant}: {found[variant]['error']}"
@@ -196,9 +220,12 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--search", type=int, default=1, choices=(0, 1, 2), help="how widely, see neo_cuda.h")
+    parser.add_argument("--triton", action="store_true", help="also a plain Triton kernel (compiles first)")
     parser.add_argument("--within", type=float, default=55.0, help="seconds; what is left then is left out")
     args = parser.parse_args()
     began = time.perf_counter()
+    if args.triton:
+        VARIANTS.append("triton")
     torch.manual_seed(0)
     rows = [int(m) for m in args.rows.split(",")]
     info = cuda_library.describe()
