@@ -14,6 +14,7 @@ from neo.core.view import Limits, SystemView
 from neo.cost.memory import kv_budget
 from neo.runtime import cpu_library, cuda_library
 from neo.runtime.block_tables import BlockTables
+from neo.runtime.cuda_linear import Tuned
 from neo.runtime.device import kv_bytes
 from neo.runtime.executor import Executor
 from neo.runtime.kv_memory import available_bytes
@@ -70,6 +71,7 @@ class CudaDevice:
             )
         self._memory = memory_bytes or self._total
         torch.set_num_threads(1)  # the others are for attention
+        self._tuned: tuple[Model, Tuned] | None = None
 
     @property
     def torch(self) -> torch.device:
@@ -137,10 +139,15 @@ class CudaDevice:
         """See ``neo.runtime.device.Device.executor``."""
         from neo.runtime.cuda_executor import CudaExecutor, CudaExecutorOptions
 
+        if self._tuned is None or self._tuned[0] is not model:
+            tuned = Tuned(model.weights)
+            with torch.inference_mode():
+                tuned.prepare_all(limits.max_batch_tokens)
+            self._tuned = model, tuned
         options = CudaExecutorOptions(
             limits.max_batch_tokens, limits.max_seqs, self.cpu_threads, self.cpu_cores, self.graphs
         )
-        return CudaExecutor(model, tables, options, staging, slices_of, timed)
+        return CudaExecutor(model, tables, options, staging, slices_of, timed, self._tuned[1])
 
 
 def _best(run: Callable[[], object]) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from neo.runtime import cuda_kernels as kernels
+from neo.runtime.cuda_linear import Products
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import BatchInputs
@@ -102,11 +103,13 @@ class Rows:
         memory: the GPU's KV memory.
         rows: of a step at most.
         decodes: GPU decodes of a step at most (0: this sub-batch never has any).
+        product: of the layers' matrices.
     """
 
-    def __init__(self, model: Model, memory: KVMemory, rows: int, decodes: int) -> None:
+    def __init__(self, model: Model, memory: KVMemory, rows: int, decodes: int, product: Products) -> None:
         config, dtype, device = model.config, model.dtype, model.device
         self.model = model
+        self._product = product
         self.capacity = rows
         self.inputs = Inputs(rows, max(1, decodes), device)
 
@@ -194,7 +197,7 @@ class Rows:
         norm.delta = None if first else self.delta.data_ptr()
         norm.weight = weights.input_norm.data_ptr()
         self._norm()
-        _project(self.x[:n], weights.qkv, None, self.qkv[:n])
+        self._product(self.x[:n], weights.qkv, None, self.qkv[:n])
         args = self._qkv.args
         args.block_tables, args.table_stride = table
         args.bias = None if weights.qkv_bias is None else weights.qkv_bias.data_ptr()
@@ -226,18 +229,10 @@ class Rows:
     def post(self, layer: int, weights: LayerWeights) -> None:
         """Output projection and feed-forward network; what it adds to ``hidden`` is left in ``delta``."""
         n = self.at.rows
-        _project(self.attended[:n], weights.out, weights.out_bias, self.delta[:n])
+        self._product(self.attended[:n], weights.out, weights.out_bias, self.delta[:n])
         norm = self._norm.args
         norm.delta, norm.weight = self.delta.data_ptr(), weights.post_norm.data_ptr()
         self._norm()
-        _project(self.x[:n], weights.gate_up, weights.gate_up_bias, self.gate_up[:n])
+        self._product(self.x[:n], weights.gate_up, weights.gate_up_bias, self.gate_up[:n])
         self._silu()
-        _project(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``out = x @ weight.T (+ bias)``."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+        self._product(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
