@@ -14,6 +14,7 @@ Rows are tokens of any requests in any order: nothing here mixes rows, and nothi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,8 +140,12 @@ class Model:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits, float32 ``[R, vocab]``, of the rows ``hidden [R, hidden]`` that a token is wanted for."""
+        return self.logits(hidden).float()
+
+    def logits(self, hidden: Tensor, product: Callable[[Tensor, Tensor], Tensor] = linear) -> Tensor:
+        """The same in the model's own dtype; ``product``: of rows and the matrix ``[vocab, hidden]``."""
         x = rms_norm(hidden, (self.config.hidden,), self.weights.norm, self.config.rms_eps)
-        return linear(x, self.weights.head).float()
+        return product(x, self.weights.head)
 
 
 def _check_room(config: ModelConfig, device: torch.device) -> None:
