@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from neo.core.errors import InputError, NeoError
-from neo.core.graph import Template
+from neo.core.graph import OpKind, Template
+from neo.core.learning import StepSeconds, learning
 from neo.core.logreader import AddLine, EndLine, LogReader, StepLine
 from neo.core.replayed import Divergence, Replay, Times
 from neo.core.request import FinishReason, Request
@@ -98,6 +99,10 @@ class _Run:
         self.reader = reader
         self.scheduler = decided.scheduler()
         self.cost = cost
+        self._decides = learning(self.scheduler.cost)
+        self._predicts = None if cost is self.scheduler.cost else learning(cost)
+        if self._predicts is not None:
+            self._predicts.begin()
         self.arrivals = arrivals
         self.replay = Replay()
         self.journal = Journal()
@@ -151,6 +156,7 @@ class _Run:
         self._apply(events, None, line, last=ahead is None)
         self.scheduler.finish_step(self._running, StepResult(line.end, line.steps, line.stopped))
         self.scheduler.ended.clear()
+        self._learn(line)
         self._running, self._ahead, self._committed = self._ahead, None, False
 
     def tail(self, events: list[Event]) -> None:
@@ -259,6 +265,14 @@ class _Run:
         self.replay.divergence = Divergence(self.replay.equal + 1, line, " ".join(what.split()))
         raise _Diverged from cause
 
+    def _learn(self, line: StepLine) -> None:
+        """What the cost model had taken from the step, when the run planned on."""
+        if self._decides is not None and line.cost:
+            try:
+                self._decides.restore(line.cost)
+            except ValueError as error:
+                raise self.reader.error(f"cost: {error}", line.line) from error
+
     # -- times --------------------------------------------------------------------------------------------
 
     def _predict(self, line: StepLine, planned: Planned, begins: float | None) -> None:
@@ -272,10 +286,21 @@ class _Run:
             start = line.start
         end = _end(graph.template, seconds, start, steps)
         self.replay.steps.add(end - start, line.end - start)
+        if self._predicts is not None and steps == 1:  # it learns from the log as it would have in the run
+            self._predicts.observe(graph, _measured(line, line.end - start))
         if line.ops:
             predicted = _per_operation(graph.template, seconds, steps)
             for key, (_, measured) in line.ops.items():
                 self.replay.ops.setdefault(key, Times()).add(predicted.get(key, 0.0), measured)
+
+
+def _measured(line: StepLine, total: float) -> StepSeconds:
+    """What the log has of a step's length."""
+    host = cpu = 0.0
+    for (kind, _), (_, seconds) in line.ops.items():
+        host += seconds * (kind == OpKind.SCHEDULE)
+        cpu += seconds * (kind == OpKind.CPU_ATTN)
+    return StepSeconds(total, host, cpu)
 
 
 def _end(template: Template, seconds: list[Any], start: float, steps: int) -> float:

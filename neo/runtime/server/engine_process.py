@@ -65,7 +65,7 @@ def build_engine(config: EngineConfig, record: RunRecord, log_file: TextIO | Non
             "engine": engine.executor.describe(),
             "max_model_len": engine.options.max_model_len,
         }
-        engine.log = RunLog(log_file, header)
+        engine.log = RunLog(log_file, header, system.cost)
     return engine, system
 
 

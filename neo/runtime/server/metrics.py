@@ -7,6 +7,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from neo import __version__
 from neo.core.record import Mode
+from neo.cost.calibrated import PARTS
 from neo.runtime.server.bridge import Live, Observer
 from neo.runtime.server.messages import Ready, StepInfo, Update
 
@@ -62,6 +63,15 @@ class Metrics(Observer):
         self._predicted = self._histogram(
             "step_time_predicted_seconds", "Time of the same steps by the cost model.", _STEP
         )
+        correction = self._labelled(
+            Gauge,
+            "cost_correction",
+            "What the cost model's times are multiplied by; 1 without --cost calibrated:BASE.",
+            "part",
+        )
+        self._corrections = {part: correction(part) for part in PARTS}
+        for gauge in self._corrections.values():
+            gauge.set(1.0)
         self._http = self._labelled(Counter, "http_requests", "HTTP answers by status.", "status")
         self._statuses: dict[int, Counter] = {}
         self._ready: Ready | None = None
@@ -110,6 +120,8 @@ class Metrics(Observer):
         self._measured.observe(step.seconds)
         if step.predicted_s is not None:
             self._predicted.observe(step.predicted_s)
+        for part, factor in (step.cost_factors or {}).items():
+            self._corrections[part].set(factor)
         decodes = (step.gpu_decodes, step.cpu_decodes, step.stream_decodes)
         self._iteration.observe(step.prefill_tokens + sum(decodes))
         for counter, amount in (

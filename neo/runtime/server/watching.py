@@ -9,6 +9,7 @@ from neo.core.graph import StepGraph
 from neo.core.plan import StepPlan
 from neo.core.record import RunRecord, StepRow
 from neo.core.timing import Prices, durations, step_seconds
+from neo.cost.calibrated import Calibrated
 from neo.runtime.executor import Executor, Sample, StepTimes
 from neo.runtime.server.messages import StepInfo
 
@@ -71,6 +72,8 @@ class StepWatch:
         self.executor = executor
         self.cost = cost
         self._before = (0, 0, 0)
+        self._calibrated = cost if isinstance(cost, Calibrated) else None
+        self._version = 0 if self._calibrated is None else self._calibrated.version
 
     def take(self) -> StepInfo | None:
         """The step since the last call, if there was one."""
@@ -93,10 +96,21 @@ class StepWatch:
             h2d,
             d2h,
             preempted,
+            self._factors(),
         )
+
+    def _factors(self) -> dict[str, float] | None:
+        """The cost model's corrections, where they have changed."""
+        model = self._calibrated
+        if model is None or model.version == self._version:
+            return None
+        self._version = model.version
+        return model.factors
 
     def _predicted(self) -> float | None:
         """The cost model's seconds for the step; None where it has no price: that must not stop serving."""
+        if self._calibrated is not None:  # which has learnt from this step by now
+            return self._calibrated.predicted_s
         graph = self.executor.graph
         if graph is None:
             return None
