@@ -27,6 +27,19 @@ _ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
+def about_engine(ready: Ready) -> dict[str, str]:
+    """What serves, in a few words: ``device``, ``executor``, ``policy``, ``cost_model``."""
+    described = ready.description
+    executor = described.get("executor", {})
+    about = {
+        "device": executor.get("device") or described.get("hardware", ""),
+        "executor": executor.get("executor", ""),
+        "policy": described.get("policy", ""),
+        "cost_model": described.get("cost_model", ""),
+    }
+    return {name: str(value) for name, value in about.items()}
+
+
 class Metrics(Observer):
     """All metrics of a server; its own registry, so that several servers fit into one process."""
 
@@ -94,16 +107,9 @@ class Metrics(Observer):
     def engine(self, ready: Ready) -> None:
         """The engine is there: what it is becomes labels."""
         self._ready = ready
-        described = ready.description
-        executor = described.get("executor", {})
-        about = {
-            "executor": executor.get("executor", ""),
-            "device": executor.get("device") or described.get("hardware", ""),
-            "policy": described.get("policy", ""),
-            "version": __version__,
-        }
+        about = {"model_name": self._model, **about_engine(ready), "version": __version__}
         info = Gauge("neo:engine_info", "What serves; always 1.", [*about], registry=self.registry)
-        info.labels(**{name: str(value) for name, value in about.items()}).set(1)
+        info.labels(**about).set(1)
 
     def update(self, update: Update) -> None:
         """Gauges and the step of a message."""
