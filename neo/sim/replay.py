@@ -11,12 +11,13 @@ whose ``t`` is before the end of the step before it was planned ahead (``Schedul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
+import simpy
 
 from neo.core.errors import InputError, NeoError
 from neo.core.graph import OpKind, Template
@@ -27,6 +28,7 @@ from neo.core.request import FinishReason, Request
 from neo.core.scheduler import Planned, StepResult
 from neo.core.timing import Prices, step_seconds
 from neo.sim.difference import Differences
+from neo.sim.oplevel import run_operations
 from neo.sim.pricing import price, price_repeated
 from neo.system.config import System
 
@@ -54,7 +56,11 @@ class _Diverged(Exception):  # noqa: N818 - a result, not an error
 
 
 def replay_log(
-    reader: LogReader, decided: System, cost: Prices, arrivals: Mapping[str, float]
+    reader: LogReader,
+    decided: System,
+    cost: Prices,
+    arrivals: Mapping[str, float],
+    slices_of: Container[int] = (),
 ) -> tuple[Replay, Journal]:
     """Replay a log to its end or to the first decision that differs; it is read to its end in both cases.
 
@@ -63,11 +69,12 @@ def replay_log(
         decided: the system of the header (``neo.sim.header.systems_of``).
         cost: predicts the seconds of each step, from the graph that was replayed.
         arrivals: by request id, when it arrived, where that is not when it entered the scheduler.
+        slices_of: numbers of the steps (from 0) of which every operation is wanted.
 
     Raises:
         InputError: a line is malformed or contradicts the lines before it (file and line).
     """
-    run = _Run(reader, decided, cost, arrivals)
+    run = _Run(reader, decided, cost, arrivals, slices_of)
     groups = run.groups()
     events, line = next(groups)
     while line is not None:
@@ -94,7 +101,12 @@ class _Run:
     """One replay as it goes."""
 
     def __init__(
-        self, reader: LogReader, decided: System, cost: Prices, arrivals: Mapping[str, float]
+        self,
+        reader: LogReader,
+        decided: System,
+        cost: Prices,
+        arrivals: Mapping[str, float],
+        slices_of: Container[int],
     ) -> None:
         self.reader = reader
         self.scheduler = decided.scheduler()
@@ -104,6 +116,8 @@ class _Run:
         if self._predicts is not None:
             self._predicts.begin()
         self.arrivals = arrivals
+        self.slices_of = slices_of
+        self._steps = 0
         self.replay = Replay()
         self.journal = Journal()
         self._differences = Differences(reader, self.journal.adds)
@@ -279,6 +293,7 @@ class _Run:
         """Note predicted and measured seconds; ``begins``: end of the step before one planned ahead."""
         graph, steps = planned.graph, line.steps
         seconds = price(graph, self.cost)
+        number, self._steps = self._steps, self._steps + steps
         if steps > 1:
             seconds = price_repeated(graph, self.cost, seconds, steps)
         start = line.t if begins is None else max(line.t, begins)
@@ -286,6 +301,9 @@ class _Run:
             start = line.start
         end = _end(graph.template, seconds, start, steps)
         self.replay.steps.add(end - start, line.end - start)
+        if steps == 1 and number in self.slices_of:
+            env = simpy.Environment(start)
+            env.run(env.process(run_operations(env, graph, seconds, self.replay.slices, number)))
         if self._predicts is not None and steps == 1:  # it learns from the log as it would have in the run
             self._predicts.observe(graph, _measured(line, line.end - start))
         if line.ops:
