@@ -3,7 +3,7 @@
 # large model with random weights. Within five minutes; the tables are what this prints.
 #
 # usage: benchmarks/gpu/serve.sh [OUT, default out/gpu/serve] [parts, default "tests load"]
-# DEVICE: default cuda. MODEL: of the load, default llama-3.1-8b. CLIENTS: default "16 64 256".
+# DEVICE: default cuda. MODEL: of the load, default llama-3.1-8b. CLIENTS: default "16 64 256". SERVE: more flags for it.
 # NEO: the command, default "python3 -m neo". NEO_CUDA_LIBRARY, NEO_CPU_LIBRARY: libraries that are built already.
 set -u
 cd "$(dirname "$0")/../.."
@@ -19,7 +19,7 @@ ulimit -n "$(ulimit -Hn)" 2>/dev/null # 2000 clients are 2000 open files
 status=0
 
 run_tests() {
-    NEO_TEST_DEVICE=$device timeout 200 python3 -m pytest -q -p no:cacheprovider -o filterwarnings=default \
+    NEO_TEST_DEVICE=$device timeout 180 python3 -m pytest -q -p no:cacheprovider -o filterwarnings=default \
         -o junit_family=xunit1 --junitxml="$out/serve.xml" \
         tests/server/test_server_limits.py::test_the_server_says_what_serves tests/server/test_server_faults.py \
         tests/server/test_openai_client.py::test_tokens_equal_those_of_the_engine_in_process_under_concurrency \
@@ -40,7 +40,7 @@ run_load() {
     port=${PORT:-8123}
     # shellcheck disable=SC2086
     $neo serve --model "$model" --load-format dummy --device "$device" --port "$port" --policy "${POLICY:-neo}" --ahead \
-        --max-model-len 2048 --log-format none ${SERVE:-} >"$out/server.log" 2>&1 &
+        --max-model-len 2048 --log-format none ${SERVE:---kv-cpu-bytes 4GiB} >"$out/server.log" 2>&1 &
     server=$!
     waited=0
     until grep -q "^neo serves" "$out/server.log" || ! kill -0 $server 2>/dev/null || [ $waited -ge 60 ]; do
@@ -49,7 +49,7 @@ run_load() {
     done
     echo "the server answers after $waited s"
     for clients in ${CLIENTS:-16 64 256}; do
-        timeout 60 $neo bench --url "http://127.0.0.1:$port" --concurrency "$clients" --requests $((2 * clients)) \
+        timeout 20 $neo bench --url "http://127.0.0.1:$port" --concurrency "$clients" --requests $((2 * clients)) \
             --prompt-lengths "${PROMPTS:-around:500:0.1}" --output-lengths "${OUTPUTS:-around:100:0.1}" --quiet --no-plots \
             --out "$out/load-$clients" >"$out/load-$clients.log" 2>&1 || { status=1; tail -n 3 "$out/load-$clients.log"; }
     done

@@ -43,6 +43,7 @@ _UNSEEN = 2  # steps at the start of a run that say nothing: threads start, kern
 _CLIP = math.log(2.0)  # the most that one step is believed to be off: what it may move is bounded by it
 _MOST = math.log(100.0)  # bound of every factor, both ways
 _WORTH = math.log(1.02)  # change of a factor from which prices change: policies then ask everything again
+_RETURN = 20.0  # time constants after which a factor that nothing is heard of has come back to 1/e of itself
 _DAMPING = 0.1  # in the rule's denominator: a part with little influence on the step moves little
 _NUDGE = 1e-3  # relative change by which influence is measured
 
@@ -184,14 +185,17 @@ class Calibrated(Corrected):
         for part, x in influence.items():
             if x > 0.0:
                 self._move(part, error * x / norm, x * x / norm)
+        for part in PARTS:
+            if part not in shares:
+                self._logs[part] *= 1.0 - 1.0 / (_RETURN * self.time_constant)
 
     def _move(self, part: str, by: float, weight: float) -> None:
-        """Move the logarithm of a factor: at first as a mean of all steps does, then as time forgets.
+        """Move the logarithm of a factor: at first as a mean of all steps and 1 does, then as time forgets.
 
         ``weight``, up to 1: how much the step says of the part.
         """
         self._seen[part] += weight
-        gain = max(1.0 / self.time_constant, 1.0 / max(1.0, self._seen[part]))
+        gain = max(1.0 / self.time_constant, 1.0 / (1.0 + self._seen[part]))
         self._logs[part] = _within(self._logs[part] + gain * _within(by, _CLIP), _MOST)
 
 

@@ -56,7 +56,7 @@ def telling_step(slices: Sequence[Slice]) -> int:
         batches, resources = about.setdefault(s.step, (set(), set()))
         batches.add(s.batch)
         resources.add(s.resource)
-    return max(about, key=lambda step: (*map(len, about[step]), step))
+    return max(about, key=lambda step: (len(about[step][0]), len(about[step][1]), step))
 
 
 def plot_timelines(

@@ -175,6 +175,18 @@ def test_whatever_a_clock_gives_factors_stay_bounded_and_recover(
     assert mean(errors(model, Machine(base, ALL), steps, 100)) < 0.1
 
 
+def test_what_is_not_heard_of_returns_to_the_base() -> None:
+    """A policy that was scared off the CPU by a bad step would else never learn that it was one."""
+    base = Roofline(MODEL, MACHINE)
+    model = Calibrated(base, time_constant=10)
+    errors(model, Machine(base, {"cpu": 8.0}), graphs(11, True), 200)
+    assert model.factors["cpu"] > 7.0
+    errors(model, Machine(base, {}), graphs(11, False), 200)  # one time constant of returning
+    assert model.factors["cpu"] == pytest.approx(8.0 ** math.exp(-1.0), rel=0.05)
+    errors(model, Machine(base, {}), graphs(11, False), 1000)
+    assert model.factors["cpu"] == pytest.approx(1.0, rel=0.03)
+
+
 def test_what_is_no_time_changes_nothing() -> None:
     base = Roofline(MODEL, MACHINE)
     model, steps = Calibrated(base), graphs(7, False)
