@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,22 +22,24 @@ from torch import Tensor
 
 from neo.core.graph import RESOURCE_OF, OpKind, Resource, StepGraph, Template
 from neo.core.plan import StepPlan
+from neo.core.request import Tier
 from neo.runtime import cuda_kernels as kernels
 from neo.runtime import cuda_library
 from neo.runtime.block_tables import BlockTables, Copies
 from neo.runtime.cuda_attention import Prefill
 from neo.runtime.cuda_graphs import Graphs, padded, valid_rows
-from neo.runtime.cuda_host import HandOver, HostAttention
+from neo.runtime.cuda_host import HandOver, HostAttention, Submitted
+from neo.runtime.cuda_linear import Tuned
 from neo.runtime.cuda_memory import TableMirror, device_memory, pinned_memory
 from neo.runtime.cuda_program import COPIES, ORDERED, Step, program, work_of
 from neo.runtime.cuda_rows import Layout, Rows
 from neo.runtime.cuda_step import LayerCopies, Special, Way, special_rows, to_device
 from neo.runtime.cuda_timeline import Timeline, host_slices
 from neo.runtime.errors import EngineError
-from neo.runtime.executor import FAULTS, Sample, StepTimes
+from neo.runtime.executor import FAULTS, Pending, Sample, StepTimes
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
-from neo.runtime.step_inputs import BatchInputs, DecodeRows, StepInputs
+from neo.runtime.step_inputs import BatchInputs, StepInputs
 
 _WAY = {(OpKind.SWAP_OUT, -1): Way.OUT, (OpKind.SWAP_OUT, 0): Way.SPILL}
 _WAY |= {(OpKind.SWAP_IN, -1): Way.IN, (OpKind.STREAM, 0): Way.STREAM}
@@ -70,6 +72,7 @@ class CudaExecutor:
         staging: (buffers, layer-blocks of each) that streamed KV passes through, as accounted.
         slices_of: how many first steps leave slices; they are not replayed as graphs.
         timed: measure every operation of every step, at the price of longer steps.
+        tuned: matrix products of this model whose kernels another executor has timed already.
 
     Raises:
         InputError: KV memory of this size cannot be had; the message has the numbers.
@@ -83,6 +86,7 @@ class CudaExecutor:
         staging: tuple[int, int] = (0, 0),
         slices_of: int = 0,
         timed: bool = False,
+        tuned: Tuned | None = None,
     ) -> None:
         self.model, self.tables, self.options = model, tables, options
         self.slices_of = slices_of
@@ -97,11 +101,12 @@ class CudaExecutor:
             self.gpu = device_memory(tables.gpu.total + staging[0] * staging[1], *shape, device)
             self.cpu, self._unpin = pinned_memory(tables.cpu.total, *shape)
             most = min(options.max_decodes, options.max_rows)
-            self._rows = [Rows(model, self.gpu, options.max_rows, most)]
+            self._tuned = tuned or Tuned(model.weights)
+            self._rows = [Rows(model, self.gpu, options.max_rows, most, self._tuned.layers)]
             self._host: HostAttention | None = None
             self._over: list[HandOver] = []
             if tables.cpu.total:
-                self._rows.append(Rows(model, self.gpu, most, 0))
+                self._rows.append(Rows(model, self.gpu, most, 0, self._tuned.layers))
                 self._host = HostAttention(
                     self.cpu, tables.cpu, options.cpu_threads, options.cpu_cores, config.layers
                 )
@@ -115,6 +120,7 @@ class CudaExecutor:
             self._graphs = Graphs()
         self._main.synchronize()
         self._ran = 0
+        self._ended_s = 0.0  # when the step before ended
         self._capturing = False
         self._special: Special | None = None
         self._timeline: Timeline | None = None
@@ -169,26 +175,68 @@ class CudaExecutor:
         self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Copies, sample: Sample
     ) -> StepTimes:
         """Run a step to its end; see ``neo.runtime.executor.Executor``."""
+        return self.start(plan, graph, inputs, copies, sample)()
+
+    def may_be_followed(self, plan: StepPlan) -> bool:
+        """Whether a step can be queued behind this one; see ``neo.runtime.executor.Queueing``."""
+        return not self.timed and self._ran > self.slices_of and _stays(plan)
+
+    def start(
+        self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Copies, sample: Sample
+    ) -> Pending:
+        """Launch a step; see ``neo.runtime.executor.Queueing``."""
         timed = self.timed or self._ran < self.slices_of
-        try:
-            with torch.inference_mode(), torch.cuda.stream(self._main):
-                begin = time.perf_counter()
-                self._mirror.update()
-                self._sample, self._inputs = sample, inputs
-                if self.options.graphs and not timed and _only_decodes(plan, inputs):
-                    self._replay(graph, inputs)
-                    times = StepTimes(begin, time.perf_counter(), [0.0] * len(graph.works), measured=False)
-                else:
-                    times = self._walk(plan, graph, inputs, copies, begin, timed)
-        except FAULTS as error:
-            if isinstance(error, EngineError):
-                raise
-            raise EngineError(f"the step on the GPU failed: {error}") from error
+        with _faults(), torch.inference_mode(), torch.cuda.stream(self._main):
+            begin = time.perf_counter()
+            self._mirror.update()
+            self._sample, self._inputs = sample, inputs
+            if self.options.graphs and not timed and _only_decodes(plan, inputs):
+                self._replay(graph, inputs)
+            else:
+                self._walk(plan, graph, inputs, copies, timed)
+            told, timeline, number = self._told, self._timeline, self._ran
+            copying = self._streams.values() if program(graph.template)[0] else ()
+            ended = [s.record_event() for s in (self._main, *copying)]
         self._ran += 1
-        if self._host is not None and any(len(b.cpu) for b in inputs.batches):
-            for batch, seconds in zip(_with_cpu(inputs), self._host.seconds(), strict=True):
-                times.seconds[work_of(graph.template, OpKind.CPU_ATTN, batch)] = seconds
-        return times
+
+        def wait() -> StepTimes:
+            with _faults():
+                for event in ended:
+                    event.synchronize()
+                if told is not None and self._host is not None:
+                    self._host.finish(told)
+                end = time.perf_counter()
+                times = StepTimes(max(begin, self._ended_s), end, [0.0] * len(graph.works), measured=timed)
+                self._ended_s = end
+                self._note(times, graph, inputs, told, timeline, number)
+            return times
+
+        return wait
+
+    def _note(
+        self,
+        times: StepTimes,
+        graph: StepGraph,
+        inputs: StepInputs,
+        told: Submitted | None,
+        timeline: Timeline | None,
+        number: int,
+    ) -> None:
+        """What operations of a step that has ended took, as far as it was measured."""
+        answers: dict[int, npt.NDArray[np.int64]] = {}
+        if told is not None:
+            answers = {b: told.times[:, i] for i, b in enumerate(_with_cpu(inputs))}
+        if timeline is not None:
+            for work, found in timeline.slices(number, answers):
+                times.seconds[work] += found.end_s - found.start_s
+                if number < self.slices_of:
+                    times.slices.append(found)
+            if number < self.slices_of:
+                for batch, seconds in answers.items():
+                    times.slices += host_slices(number, batch, seconds)
+        for batch, seconds in answers.items():
+            taken = float((seconds[:, 1] - seconds[:, 0]).sum()) * 1e-9
+            times.seconds[work_of(graph.template, OpKind.CPU_ATTN, batch)] = taken
 
     def table(self, layer: int) -> tuple[int, int]:
         """Address of a layer's block table on the device, and entries between its rows."""
@@ -200,32 +248,32 @@ class CudaExecutor:
 
         ``counted``: rows are padded, and the device reads how many of them count.
         """
-        self._parts: list[tuple[HandOver, DecodeRows]] = []
+        parts = []
         for i, (batch, at) in enumerate(zip(inputs.batches, layouts, strict=True)):
             if len(batch.cpu):
                 counts = self._rows[i].inputs.device_counts.data_ptr() if counted else None
                 self._over[i].place(at.cpu, at.cpu_rows, counts)
-                self._parts.append((self._over[i], batch.cpu))
-        if self._parts and self._host is not None:
-            self._host.submit(self._parts)
-
-    def _settle(self) -> None:
-        """After the device has ended the step: what the host says of its part."""
-        if self._parts and self._host is not None:
-            self._host.finish(self._parts)
+                parts.append((self._over[i], batch.cpu))
+        self._told = self._host.submit(parts) if parts and self._host is not None else None
 
     def _replay(self, graph: StepGraph, inputs: StepInputs) -> None:
         """Run a step of decodes alone as a CUDA graph, captured the first time."""
         layouts = padded(inputs.batches, [r.capacity for r in self._rows[: len(inputs.batches)]])
+        rows = [at.rows for at in layouts]
+        self._tune(rows, sum(rows))
         self._fill(inputs, layouts)
         self._special, self._timeline, self._layouts = None, None, layouts
         self._prefill.begin(inputs.batches[0], None)
         self._submit(inputs, layouts, counted=True)
         key = (graph.template, *((at.gpu_rows, at.cpu_rows) for at in layouts))
         run = self._graphs.replay(key, self._mirror.generation, lambda: self._captured(graph.template))
-        self._sample(valid_rows(run(), inputs, layouts), inputs.sampled)
-        self._main.synchronize()
-        self._settle()
+        self._choose(valid_rows(run(), inputs, layouts))
+
+    def _tune(self, rows: Sequence[int], sampled: int) -> None:
+        """Find kernels for products of so many rows, the first time there are."""
+        for count in rows:
+            self._tuned.layers.prepare(count)
+        self._tuned.head.prepare(sampled)
 
     def _captured(self, template: Template) -> Tensor:
         """Launch a whole step while its stream is being captured; logits of all rows, nobody's too."""
@@ -239,39 +287,13 @@ class CudaExecutor:
         return self._logits
 
     def _walk(
-        self,
-        plan: StepPlan,
-        graph: StepGraph,
-        inputs: StepInputs,
-        copies: Copies,
-        begin: float,
-        timed: bool,
-    ) -> StepTimes:
-        """Launch every operation in program order, then wait for the last."""
+        self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Copies, timed: bool
+    ) -> None:
+        """Launch every operation in program order."""
+        self._tune([len(b.tokens) for b in inputs.batches], len(inputs.sampled))
         self._timeline = Timeline(self._main, self.timed) if timed else None
         self._prepare(plan, inputs, copies, program(graph.template)[0])
         self._launch(graph.template)
-        self._main.synchronize()
-        for stream in self._streams.values():
-            stream.synchronize()
-        self._settle()
-        times = StepTimes(begin, time.perf_counter(), [0.0] * len(graph.works), measured=timed)
-        if self._timeline is not None:
-            answers = dict(zip(_with_cpu(inputs), self._answers(), strict=False))
-            for work, found in self._timeline.slices(self._ran, answers):
-                times.seconds[work] += found.end_s - found.start_s
-                if self._ran < self.slices_of:
-                    times.slices.append(found)
-            if self._ran < self.slices_of:
-                for batch, seconds in answers.items():
-                    times.slices += host_slices(self._ran, batch, seconds)
-        return times
-
-    def _answers(self) -> Iterator[npt.NDArray[np.int64]]:
-        """By sub-batch with CPU decodes: when their attention began and ended in each layer."""
-        if self._host is not None and self._parts:
-            for i in range(len(self._parts)):
-                yield self._host.times[:, i]
 
     def _measure(self, step: Step, layer: int, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
         if self._timeline is None:
@@ -281,6 +303,7 @@ class CudaExecutor:
     def _launch(self, template: Template) -> None:
         """Every operation, in program order."""
         copied, sections = program(template)
+        self._copied = copied
         self._waiting: dict[int, tuple[Step, int]] = {}  # RECVs that are launched ahead of their POST
         self._latest: dict[tuple[OpKind, int], list[torch.cuda.Event]] = {}
         for repeat, first_layer, steps in sections:
@@ -400,7 +423,7 @@ class CudaExecutor:
 
     def _embed(self, _batch: int, _layer: int) -> None:
         for rows, at in zip(self._rows, self._layouts, strict=False):
-            rows.begin(at)
+            rows.begin(at, self._mirror.latest)
 
     def pre(self, batch: int, layer: int) -> None:
         """PRE of a sub-batch."""
@@ -429,7 +452,7 @@ class CudaExecutor:
         if self._deferred:
             self._append_special(layer)
         self._prefill.run(rows, layer, self.tables)
-        rows.attend(self.table(layer))
+        rows.attend(layer, self.table(layer), early=not self._copied)
         if self._special is not None and self._streamed is not None:
             tables = self._special_tables
             self._streamed.attend.args.block_tables = tables.data_ptr() + 4 * layer * tables.stride(0)
@@ -464,7 +487,13 @@ class CudaExecutor:
                 hidden.append(rows.hidden.index_select(0, index))
                 delta.append(rows.delta.index_select(0, index))
         both = [torch.cat(h) if len(h) > 1 else h[0] for h in (hidden, delta)]
-        self._sample(self.model.head(both[0].add_(both[1])), self._inputs.sampled)
+        self._choose(self.model.logits(both[0].add_(both[1]), self._tuned.head.linear))
+
+    def _choose(self, logits: Tensor) -> None:
+        """Tokens of the step's sampled rows; those chosen on the device are noted for the step behind it."""
+        tokens = self._sample(logits, self._inputs.sampled)
+        if tokens is not None:
+            self._mirror.note([self.tables.slot(r) for r in self._inputs.sampled], tokens)
 
     def _all_logits(self) -> Tensor:
         """Of every row, nobody's too."""
@@ -472,7 +501,7 @@ class CudaExecutor:
             rows.hidden[: at.rows] + rows.delta[: at.rows]
             for rows, at in zip(self._rows, self._layouts, strict=False)
         ]
-        return self.model.head(torch.cat(ends) if len(ends) > 1 else ends[0])
+        return self.model.logits(torch.cat(ends) if len(ends) > 1 else ends[0], self._tuned.head.linear)
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
@@ -481,6 +510,25 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 def _layout(batch: BatchInputs) -> Layout:
     return Layout(len(batch.tokens), batch.gpu.row, len(batch.gpu), batch.cpu.row, len(batch.cpu))
+
+
+def _stays(plan: StepPlan) -> bool:
+    """Whether a step moves no KV and streams none, so that no block becomes free behind it."""
+    if plan.moves or plan.evict:
+        return False
+    chunks = [c for b in plan.batches for c in b.prefill]
+    return not any(c.dst is Tier.CPU for c in chunks) and not any(b.stream_decode for b in plan.batches)
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """What the device raises becomes an EngineError."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except FAULTS as error:
+        raise EngineError(f"the step on the GPU failed: {error}") from error
 
 
 def _only_decodes(plan: StepPlan, inputs: StepInputs) -> bool:

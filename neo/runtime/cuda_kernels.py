@@ -21,6 +21,7 @@ from neo.runtime.cpu_library import Sized
 
 CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """``neo_cuda_dtype`` of torch's types."""
+_LINE = 128  # bytes of the device's caches
 
 
 class Launch:
@@ -116,11 +117,13 @@ def decode(
     scale: float | None = None,
     ctas: int = 0,
     stages: int = 0,
+    early: bool = False,
 ) -> Attention:
     """Attention of q [rows, heads, head_dim] over the first lengths[i] tokens of slots[i] (None: row i).
 
     `workspace`: uint8 of at least `decode_workspace` bytes, for one call at a time. `scale` None:
-    1/sqrt(head_dim).
+    1/sqrt(head_dim). `early`: all that is read but q and the newest token of each row was there before the
+    kernel ahead on the stream began.
     """
     _rows(q, "q", 3)
     _rows(out, "out", 3)
@@ -154,11 +157,25 @@ def decode(
         ctas=ctas,
         stages=stages,
         scale=dim**-0.5 if scale is None else scale,
+        early=early,
     )
     keep = (cache, q, out, tables, lengths, workspace, slots)
     return Attention(
         Launch("neo_cuda_decode_plan", args, keep), Launch("neo_cuda_decode_attention", args, keep)
     )
+
+
+def ahead(weight: Tensor, limit: int) -> c.Ahead:
+    """What to fetch of a matrix [rows, width], contiguous, before it is multiplied: `limit` bytes at most.
+
+    The beginning of every row, in whole lines of the cache: a product reads all rows side by side.
+    """
+    _rows(weight, "weight", 2)
+    by = weight.element_size()
+    width = min(limit // max(1, len(weight)), weight.shape[1] * by) // _LINE * _LINE
+    if not width or weight.data_ptr() % 16 or weight.stride(0) * by % 16:
+        return c.Ahead()
+    return c.Ahead(data=weight.data_ptr(), stride=weight.stride(0) * by, rows=len(weight), bytes=width)
 
 
 def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> Launch:
@@ -200,6 +217,30 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> Launch:
         gate_up=gate_up.data_ptr(), out=out.data_ptr(), rows=rows, width=width, dtype=CODE[out.dtype]
     )
     return Launch("neo_cuda_silu_mul", args, (gate_up, out))
+
+
+def rope_angles(positions: Tensor, frequencies: Tensor, scale: float, cos: Tensor, sin: Tensor) -> Launch:
+    """Scaled cosines and sines [rows, dim], contiguous, of int32 positions [rows] times float32 [dim]."""
+    rows, dim = cos.shape
+    if frequencies.shape != (dim,) or frequencies.dtype != torch.float32 or not frequencies.is_contiguous():
+        raise ValueError(
+            f"frequencies are {tuple(frequencies.shape)} {frequencies.dtype}, must be float32 ({dim},)"
+        )
+    if sin.shape != cos.shape or sin.dtype != cos.dtype or not (cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError(
+            f"cos is {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}: must agree"
+        )
+    args = c.Angles(
+        positions=_ints(positions, "positions", rows),
+        frequencies=frequencies.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        rows=rows,
+        head_dim=dim,
+        dtype=CODE[cos.dtype],
+        scale=scale,
+    )
+    return Launch("neo_cuda_rope_angles", args, (positions, frequencies, cos, sin))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,18 +7,28 @@ Python between two launches, and what a CUDA graph captures stays where it is.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from neo.core.errors import InputError
 from neo.runtime import cuda_kernels as kernels
+from neo.runtime import cuda_library as library
+from neo.runtime.cuda_linear import Products
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import BatchInputs
 from neo.runtime.weights import LayerWeights
 
+_FEW = 256
+"""Rows up to which a product waits for its weights, so that fetching them ahead is worth it."""
+_AHEAD_SHARE = 6
+"""A sixth of the L2 cache is for weights fetched while the kernel ahead of their product reads little."""
+_PRODUCTS = ("qkv", "out", "gate_up", "down")
 _NO_SLOT = -1  # of rows whose KV does not go into the GPU's cache with PRE
 
 
@@ -40,14 +50,18 @@ class Layout:
 
 
 class Inputs:
-    """Numbers of a step's rows, one copy to the device: [tokens | positions | slots | decodes | counts]."""
+    """Numbers of a step's rows, one copy to the device: [tokens | positions | slots | decodes | counts].
+
+    On the host there are two of them, taken in turn: a step's may still be on their way when the next one's
+    are written.
+    """
 
     def __init__(self, rows: int, decodes: int, device: torch.device) -> None:
         sizes = [rows, rows, rows, decodes, decodes, 4]
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32).pin_memory()
-        self._device = torch.zeros_like(self._host, device=device)
-        host = np.split(self._host.numpy(), np.cumsum(sizes)[:-1])
-        self.tokens, self.positions, self.slots, self.decode_slots, self.decode_lengths, self.counts = host
+        self._hosts = [torch.zeros(sum(sizes), dtype=torch.int32).pin_memory() for _ in range(2)]
+        self._device = torch.zeros_like(self._hosts[0], device=device)
+        self._cuts = np.cumsum(sizes)[:-1]
+        self._turn()
         (
             self.device_tokens,
             self.device_positions,
@@ -57,8 +71,14 @@ class Inputs:
             self.device_counts,
         ) = torch.split(self._device, sizes)
 
+    def _turn(self) -> None:
+        self._hosts.reverse()
+        host = np.split(self._hosts[0].numpy(), self._cuts)
+        self.tokens, self.positions, self.slots, self.decode_slots, self.decode_lengths, self.counts = host
+
     def fill(self, batch: BatchInputs, at: Layout) -> None:
         """Write the rows of a sub-batch at their places; rows of nobody get token 0 and no slot."""
+        self._turn()
         n, d, c = at.rows, batch.gpu, batch.cpu
         tokens, positions, slots = self.tokens[:n], self.positions[:n], self.slots[:n]
         slots.fill(_NO_SLOT)
@@ -81,7 +101,7 @@ class Inputs:
 
     def send(self) -> None:
         """Copy to the device, on the current stream."""
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(self._hosts[0], non_blocking=True)
 
 
 class Rows:
@@ -92,11 +112,13 @@ class Rows:
         memory: the GPU's KV memory.
         rows: of a step at most.
         decodes: GPU decodes of a step at most (0: this sub-batch never has any).
+        product: of the layers' matrices.
     """
 
-    def __init__(self, model: Model, memory: KVMemory, rows: int, decodes: int) -> None:
+    def __init__(self, model: Model, memory: KVMemory, rows: int, decodes: int, product: Products) -> None:
         config, dtype, device = model.config, model.dtype, model.device
         self.model = model
+        self._product = product
         self.capacity = rows
         self.inputs = Inputs(rows, max(1, decodes), device)
 
@@ -127,6 +149,10 @@ class Rows:
         # Any table: its address changes with every layer.
         table = torch.zeros((1, 1), dtype=torch.int32, device=model.device)
         common = (table, inputs.device_slots, inputs.device_positions)
+        rotary = model.rotary
+        self._angles = kernels.rope_angles(
+            inputs.device_positions, rotary.signed, rotary.scale, self.cos, self.sin
+        )
         heads = (self.q, self.k, self.v)
         norms = weights.qk_norm
         extra = kernels.QkvWeights(
@@ -136,10 +162,16 @@ class Rows:
             config.rms_eps,
         )
         self._qkv = kernels.qkv_rope_append(self.cache, self.qkv, extra, self.cos, self.sin, *heads, *common)
+        self._qkv.args.early = 1  # the product is ahead of it, and the step's inputs are ahead of that
         # Rows that are rotated already: cosine 1 and sine 0 leave them as they are.
         self._late = kernels.qkv_rope_append(
             self.cache, self.qkv, kernels.QkvWeights(), ones, torch.zeros_like(ones), *heads, *common
         )
+        limit = _ahead_bytes()
+        self._ahead = [
+            {name: ctypes.pointer(kernels.ahead(getattr(layer, name), limit)) for name in _PRODUCTS}
+            for layer in model.weights.layers
+        ]
         self.attention: kernels.Attention | None = None
         if decodes:
             size = kernels.decode_workspace(self.cache, decodes, self.heads)
@@ -157,13 +189,18 @@ class Rows:
 
     # -- a step -------------------------------------------------------------------------------------------
 
-    def begin(self, at: Layout) -> None:
-        """Embedding and angles of the rows, from the inputs on the device; how attention is dealt out."""
+    def begin(self, at: Layout, latest: Tensor) -> None:
+        """Embedding and angles of the rows, from the inputs on the device; how attention is dealt out.
+
+        ``latest``: int32 [slots], the tokens sampled last, for rows whose token is a ``pending_token``.
+        """
         n, inputs = at.rows, self.inputs
         self.at = at
-        torch.index_select(self.model.weights.embedding, 0, inputs.device_tokens[:n], out=self.hidden[:n])
-        cos, sin = self.model.rope(inputs.device_positions[:n])
-        self.cos[:n], self.sin[:n] = cos.flatten(1), sin.flatten(1)
+        given = inputs.device_tokens[:n]
+        tokens = torch.where(given < 0, latest.index_select(0, (-1 - given).clamp_min_(0)), given)
+        torch.index_select(self.model.weights.embedding, 0, tokens, out=self.hidden[:n])
+        self._angles.args.rows = n
+        self._angles()
         self._norm.args.rows = self._silu.args.rows = self._qkv.args.rows = n
         if self.attention is not None and at.gpu_rows:
             args, by = self.attention.attend.args, self.qkv.element_size()
@@ -172,14 +209,20 @@ class Rows:
             args.out = self.attended.data_ptr() + at.gpu * self.attended.stride(0) * by
             self.attention.plan()
 
+    def _fetch(self, launch: kernels.Launch, layer: int, product: str) -> None:
+        """Let a kernel fetch weights of the product behind it."""
+        few = self.at.rows <= _FEW
+        launch.args.ahead = self._ahead[layer][product] if few else None
+
     def pre(self, layer: int, weights: LayerWeights, table: tuple[int, int], first: bool) -> None:
         """Norm, projection, rotation, append. ``table``: the layer's, its address and its row's length."""
         n = self.at.rows
         norm = self._norm.args
         norm.delta = None if first else self.delta.data_ptr()
         norm.weight = weights.input_norm.data_ptr()
+        self._fetch(self._norm, layer, "qkv")
         self._norm()
-        _project(self.x[:n], weights.qkv, None, self.qkv[:n])
+        self._product(self.x[:n], weights.qkv, None, self.qkv[:n])
         args = self._qkv.args
         args.block_tables, args.table_stride = table
         args.bias = None if weights.qkv_bias is None else weights.qkv_bias.data_ptr()
@@ -200,29 +243,38 @@ class Rows:
         args.block_tables, args.table_stride = table
         self._late()
 
-    def attend(self, table: tuple[int, int]) -> None:
-        """Decode attention of the GPU decodes in one layer."""
+    def attend(self, layer: int, table: tuple[int, int], early: bool) -> None:
+        """Decode attention of the GPU decodes in one layer.
+
+        ``early``: nothing but this layer's append writes to the cache in this step.
+        """
         if self.attention is None or not self.at.gpu_rows:
             return
         args = self.attention.attend.args
         args.block_tables, args.table_stride = table
+        args.early = early
+        self._fetch(self.attention.attend, layer, "out")
         self.attention.attend()
 
     def post(self, layer: int, weights: LayerWeights) -> None:
         """Output projection and feed-forward network; what it adds to ``hidden`` is left in ``delta``."""
         n = self.at.rows
-        _project(self.attended[:n], weights.out, weights.out_bias, self.delta[:n])
+        self._product(self.attended[:n], weights.out, weights.out_bias, self.delta[:n])
         norm = self._norm.args
         norm.delta, norm.weight = self.delta.data_ptr(), weights.post_norm.data_ptr()
+        self._fetch(self._norm, layer, "gate_up")
         self._norm()
-        _project(self.x[:n], weights.gate_up, weights.gate_up_bias, self.gate_up[:n])
+        self._product(self.x[:n], weights.gate_up, weights.gate_up_bias, self.gate_up[:n])
+        self._fetch(self._silu, layer, "down")
         self._silu()
-        _project(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
+        self._product(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``out = x @ weight.T (+ bias)``."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+def _ahead_bytes() -> int:
+    """How much to fetch of a product's weights: what the environment says, else a share of the L2 cache."""
+    said = os.environ.get("NEO_CUDA_AHEAD_BYTES")
+    if said is None:
+        return int(library.describe().l2_bytes) // _AHEAD_SHARE
+    if not said.isdecimal():
+        raise InputError(f"NEO_CUDA_AHEAD_BYTES: must be a number of bytes, is '{said}'")
+    return int(said)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from random import Random
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ import torch
 from neo import __version__
 from neo.core.errors import InputError
 from neo.core.pipeline import recv_bytes, send_bytes
+from neo.core.record import RunRecord
 from neo.core.request import Tier
+from neo.core.runlog import RunLog
 from neo.cost.interpolation import isotonic
 from neo.cost.table_schema import FORMAT, SHAPE_FIELDS
 from neo.runtime.engine import Engine
@@ -301,17 +304,21 @@ class Profiler:
     # -- the host's own time ------------------------------------------------------------------------------
 
     def _schedule(self) -> dict[str, Any]:
-        """SCHEDULE by requests in the step: a line through the medians of a short engine run."""
+        """SCHEDULE by requests in the step: a line through the medians of a short engine run.
+
+        Recorded and logged, as runs are that somebody measures: that is part of a step's time on the host.
+        """
         self.progress("scheduling", 0.9)
         most = max(2, min(_SCHEDULE_SEQS, self.limits.max_seqs))
         room = min([n for n in (*_room(self.system).values(), self.parts.max_model_len) if n])
         output = max(1, min(_SCHEDULE_OUTPUT, room // 2))
         prompt = max(1, min(_SCHEDULE_PROMPT, room - output))
-        engine = self.parts.engine(self.system)
-        try:
-            points = _host_seconds(engine, most, prompt, output)
-        finally:
-            engine.close()
+        with TemporaryFile("w") as file:
+            engine = self.parts.engine(self.system, log=RunLog(file, {}), record=RunRecord())
+            try:
+                points = _host_seconds(engine, most, prompt, output)
+            finally:
+                engine.close()
         sizes = np.array(sorted(points))
         medians = np.array([statistics.median(points[n]) for n in sizes])
         slope, base = np.polyfit(sizes, medians, 1) if len(sizes) > 1 else (0.0, medians[0])

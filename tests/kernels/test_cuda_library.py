@@ -92,6 +92,19 @@ def silu(**fields: Any) -> c.Silu:
     return c.Silu(**{"gate_up": HERE, "out": HERE, "rows": 2, "width": 64, "dtype": 1} | fields)
 
 
+def angles(**fields: Any) -> c.Angles:
+    good = {
+        "positions": HERE,
+        "frequencies": HERE,
+        "cos": HERE,
+        "sin": HERE,
+        "rows": 2,
+        "head_dim": 64,
+        "scale": 1.0,
+    }
+    return c.Angles(**good | fields)
+
+
 def qkv(of: c.Cache | None = None, **fields: Any) -> c.Qkv:
     good: dict[str, Any] = {
         "cache": ctypes.pointer(of or cache()), "qkv": HERE, "qkv_stride": 512, "cos": HERE, "sin": HERE,
@@ -117,6 +130,11 @@ def post(**fields: Any) -> c.Post:
         "packed": HERE, "packed_stride": 128, "rows": 2, "q_bytes": 64, "kv_bytes": 32,
     }  # fmt: skip
     return c.Post(**good | fields)
+
+
+def ahead(**fields: Any) -> Any:
+    good = {"data": HERE, "stride": 256, "rows": 3, "bytes": 128}
+    return ctypes.pointer(c.Ahead(**good | fields))
 
 
 def wait(**fields: Any) -> c.Await:
@@ -158,6 +176,16 @@ REFUSED: list[tuple[str, Sized, str]] = [
     ("silu_mul", silu(rows=-2), "rows is -2"),
     ("silu_mul", silu(out=0), "must not be NULL"),
     ("silu_mul", silu(out=HERE + 8), "aligned to 16"),
+    ("decode_attention", decode(ahead=ahead(size=3)), "ahead has size 3"),
+    ("decode_attention", decode(ahead=ahead(rows=-1)), "ahead: rows is -1"),
+    ("add_rms_norm", norm(ahead=ahead(data=HERE + 8)), "ahead: data must be aligned"),
+    ("add_rms_norm", norm(ahead=ahead(data=0)), "ahead: data must be aligned to 16 bytes, not NULL"),
+    ("silu_mul", silu(ahead=ahead(bytes=24)), "ahead: bytes is 24"),
+    ("silu_mul", silu(ahead=ahead(stride=112)), "ahead: stride is 112, must be .* at least 128"),
+    ("rope_angles", angles(head_dim=65), "head_dim is 65"),
+    ("rope_angles", angles(rows=1 << 30), "too many"),
+    ("rope_angles", angles(positions=0), "positions and frequencies"),
+    ("rope_angles", angles(sin=0), "cos and sin"),
     ("qkv_rope_append", qkv(cache(kv_heads=3)), "q_heads is 4"),
     ("qkv_rope_append", qkv(qkv_stride=511), "at least 512"),
     ("qkv_rope_append", qkv(q_stride=255), "at least 256"),
@@ -208,6 +236,17 @@ def test_null_is_refused_everywhere(library: ctypes.CDLL) -> None:
 def test_nothing_to_do_needs_no_device(library: ctypes.CDLL, function: str, args: Sized) -> None:
     c.check(getattr(library, f"neo_cuda_{function}")(args, None))
     assert library.neo_cuda_last_error() == b""
+
+
+def test_overlap_is_turned_off_and_on(library: ctypes.CDLL) -> None:
+    was = c.overlap()
+    try:
+        assert c.overlap(False) is was
+        assert c.overlap() is False
+        assert c.overlap(True) is False
+        assert c.overlap() is True
+    finally:
+        c.overlap(was)
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
