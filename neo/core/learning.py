@@ -9,17 +9,17 @@ from neo.core.graph import StepGraph
 
 
 class StepSeconds(NamedTuple):
-    """What a step took, in seconds; 0 where that was not measured.
+    """What a step took, in seconds; None where that was not measured.
 
     Attributes:
         total: from the end of the step before (or from its planning) to its own end.
-        host: of that, what lay before its first operation.
+        host: of that, what lay before its first operation; 0 if that was waiting already.
         cpu: all its CPU attention together.
     """
 
     total: float
-    host: float = 0.0
-    cpu: float = 0.0
+    host: float | None = None
+    cpu: float | None = None
 
 
 @runtime_checkable

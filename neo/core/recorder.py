@@ -101,9 +101,11 @@ class Recorder:
             r.last_token_s or 0.0 for b in begun.planned.plan.batches for r in b.decodes if r.finish_s is None
         ]
         self._note(begun, busy, start, [end], last)
+        graph = begun.planned.graph
+        measured = StepSeconds(end - start, busy.get(Resource.HOST), busy.get(Resource.CPU))
         if self._learning is not None:
-            host, cpu = busy.get(Resource.HOST, 0.0), busy.get(Resource.CPU, 0.0)
-            self._learning.observe(begun.planned.graph, StepSeconds(end - start, host, cpu))
+            self._learning.observe(graph, measured)
+        self.record.ran(graph, measured)
 
     def _note(
         self, begun: Begun, busy: Mapping[Resource, Any], start: float, ends: list[float], last: list[float]

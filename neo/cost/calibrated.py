@@ -168,8 +168,10 @@ class Calibrated(Corrected):
         logs = dict(self._logs)  # with what this step's own host and CPU took, for the rest of it
         for part, seconds in (("host", measured.host), ("cpu", measured.cpu)):
             expected = sum([count * base[i] for i, count in shares.get(part, ())])
-            if 0.0 < seconds < math.inf and expected > 0.0:
-                logs[part] = _within(math.log(seconds) - math.log(expected), _MOST)
+            if seconds is not None and 0.0 <= seconds < math.inf and expected > 0.0:
+                # A step that was queued behind another has no time of the host at all.
+                ratio = math.log(seconds) - math.log(expected) if seconds > 0.0 else -_MOST
+                logs[part] = _within(ratio, _MOST)
                 self._move(part, logs[part] - self._logs[part], 1.0)
         priced = [math.exp(logs[PART_OF[k]]) * s for k, s in zip(template.kinds, base, strict=True)]
         length = float(step_seconds(template, priced))

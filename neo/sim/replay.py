@@ -314,11 +314,13 @@ class _Run:
 
 def _measured(line: StepLine, total: float) -> StepSeconds:
     """What the log has of a step's length."""
-    host = cpu = 0.0
+    if not line.ops:
+        return StepSeconds(total)
+    of = {OpKind.SCHEDULE.value: 0.0, OpKind.CPU_ATTN.value: 0.0}
     for (kind, _), (_, seconds) in line.ops.items():
-        host += seconds * (kind == OpKind.SCHEDULE)
-        cpu += seconds * (kind == OpKind.CPU_ATTN)
-    return StepSeconds(total, host, cpu)
+        if kind in of:
+            of[kind] += seconds
+    return StepSeconds(total, *of.values())
 
 
 def _end(template: Template, seconds: list[Any], start: float, steps: int) -> float:

@@ -65,7 +65,7 @@ class Machine:
         seconds = [s * math.exp(self.draw.gauss(0.0, self.noise)) for s in durations(graph, self.truth)]
         busy = busy_seconds(graph.template, seconds)
         total = float(step_seconds(graph.template, seconds))
-        return StepSeconds(total, busy.get(Resource.HOST, 0.0), busy.get(Resource.CPU, 0.0))
+        return StepSeconds(total, busy.get(Resource.HOST), busy.get(Resource.CPU))
 
 
 def errors(model: Calibrated, machine: Machine, steps: Iterator[StepGraph], count: int) -> list[float]:
@@ -134,7 +134,8 @@ def test_one_bad_step_moves_little() -> None:
     for _ in range(3):
         before, graph = model.factors, next(steps)
         total, host, cpu = machine.run(graph)
-        model.observe(graph, StepSeconds(total * 1000, host * 1000, cpu * 1000))
+        assert host is not None
+        model.observe(graph, StepSeconds(total * 1000, host * 1000, cpu and cpu * 1000))
         for part, factor in model.factors.items():
             assert factor == pytest.approx(before[part], rel=0.06), part
 
@@ -158,21 +159,37 @@ def test_a_tenth_of_all_steps_may_be_anything() -> None:
 HOSTILE = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.sampled_from([0.0, -1.0, math.nan, math.inf, 5e-324, 1e308, 1e-3]),
+    st.none(),
 )
 
 
 @given(st.lists(st.tuples(HOSTILE, HOSTILE, HOSTILE), max_size=30), st.integers(0, 100))
 @settings(max_examples=20)
 def test_whatever_a_clock_gives_factors_stay_bounded_and_recover(
-    readings: list[tuple[float, float, float]], seed: int
+    readings: list[tuple[float | None, ...]], seed: int
 ) -> None:
     base = Roofline(MODEL, MACHINE)
     model, steps = Calibrated(base), graphs(seed, True)
-    for reading in readings:
-        model.observe(next(steps), StepSeconds(*reading))
+    for total, host, cpu in readings:
+        model.observe(next(steps), StepSeconds(0.0 if total is None else total, host, cpu))
         assert all(0.0099 <= f <= 101 for f in model.factors.values())
     errors(model, Machine(base, ALL), steps, 300)
     assert mean(errors(model, Machine(base, ALL), steps, 100)) < 0.1
+
+
+def test_steps_that_are_queued_behind_others_have_no_time_of_the_host() -> None:
+    base = Roofline(MODEL, MACHINE)
+    model, steps, machine = Calibrated(base), graphs(12, False), Machine(base, GPU_ONLY)
+    found = []
+    for _ in range(600):
+        graph = next(steps)
+        total, host, _ = machine.run(graph)
+        assert host is not None
+        model.observe(graph, StepSeconds(total - host, 0.0))
+        assert model.predicted_s is not None
+        found.append(abs(model.predicted_s / (total - host) - 1.0))
+    assert mean(found[-200:]) < 0.05
+    assert model.factors["host"] < 0.05
 
 
 def test_what_is_not_heard_of_returns_to_the_base() -> None:

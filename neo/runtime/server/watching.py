@@ -6,11 +6,10 @@ import math
 from typing import Any
 
 from neo.core.graph import StepGraph
-from neo.core.plan import StepPlan
+from neo.core.learning import StepSeconds
 from neo.core.record import RunRecord, StepRow
 from neo.core.timing import Prices, durations, step_seconds
 from neo.cost.calibrated import Calibrated
-from neo.runtime.executor import Executor, Sample, StepTimes
 from neo.runtime.server.messages import StepInfo
 
 
@@ -31,6 +30,7 @@ class LiveRecord(RunRecord):
         super().__init__()
         self.keep = keep
         self.last: StepRow | None = None
+        self.graph: StepGraph | None = None  # of the same step
         if not keep:
             nothing: Any = _Nothing()
             self.requests = self.itl_values = self.itl_counts = nothing
@@ -41,35 +41,16 @@ class LiveRecord(RunRecord):
         if self.keep:
             super().add_row(row)
 
-
-class WatchedExecutor:
-    """An executor that remembers the graph it ran last."""
-
-    def __init__(self, inner: Executor) -> None:
-        self.inner = inner
-        self.tables = inner.tables
-        self.graph: StepGraph | None = None
-
-    def run(self, plan: StepPlan, graph: StepGraph, inputs: Any, copies: Any, sample: Sample) -> StepTimes:
-        """Run a step."""
+    def ran(self, graph: StepGraph, measured: StepSeconds) -> None:
+        """Note the graph of the step that ended."""
         self.graph = graph
-        return self.inner.run(plan, graph, inputs, copies, sample)
-
-    def describe(self) -> dict[str, Any]:
-        """The inner one's words."""
-        return self.inner.describe()
-
-    def close(self) -> None:
-        """Close the inner one."""
-        self.inner.close()
 
 
 class StepWatch:
     """Turns what a record saw of the last step into a StepInfo; ``cost`` prices its graph."""
 
-    def __init__(self, record: LiveRecord, executor: WatchedExecutor, cost: Prices) -> None:
+    def __init__(self, record: LiveRecord, cost: Prices) -> None:
         self.record = record
-        self.executor = executor
         self.cost = cost
         self._before = (0, 0, 0)
         self._calibrated = cost if isinstance(cost, Calibrated) else None
@@ -111,7 +92,7 @@ class StepWatch:
         """The cost model's seconds for the step; None where it has no price: that must not stop serving."""
         if self._calibrated is not None:  # which has learnt from this step by now
             return self._calibrated.predicted_s
-        graph = self.executor.graph
+        graph = self.record.graph
         if graph is None:
             return None
         try:
