@@ -181,14 +181,14 @@ def test_steps_that_are_queued_behind_others_have_no_time_of_the_host() -> None:
     base = Roofline(MODEL, MACHINE)
     model, steps, machine = Calibrated(base), graphs(12, False), Machine(base, GPU_ONLY)
     found = []
-    for _ in range(600):
+    for _ in range(1000):
         graph = next(steps)
         total, host, _ = machine.run(graph)
         assert host is not None
         model.observe(graph, StepSeconds(total - host, 0.0))
         assert model.predicted_s is not None
         found.append(abs(model.predicted_s / (total - host) - 1.0))
-    assert mean(found[-200:]) < 0.05
+    assert mean(found[-200:]) < 0.04
     assert model.factors["host"] < 0.05
 
 
