@@ -381,7 +381,7 @@ class MeasuredRun(Run["Replay"]):
         found = [str(w) for w in self.system.cost.describe().get("warnings", ())]
         if note := _note(driver.engine):
             found.append(note)
-        if config.hardware == THIS_MACHINE and config.cost_model == "roofline":
+        if config.hardware == THIS_MACHINE and config.cost_model.endswith("roofline"):
             found.append(
                 "policies planned with rough rates of this machine, measured in a moment; "
                 "'neo profile' makes a table for --cost profiled:TABLE.json"

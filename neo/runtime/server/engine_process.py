@@ -42,7 +42,7 @@ from neo.runtime.server.messages import (
     Update,
     frame,
 )
-from neo.runtime.server.watching import LiveRecord, StepWatch, WatchedExecutor
+from neo.runtime.server.watching import LiveRecord, StepWatch
 from neo.runtime.setup import EngineParts
 from neo.system.config import System
 
@@ -65,7 +65,7 @@ def build_engine(config: EngineConfig, record: RunRecord, log_file: TextIO | Non
             "engine": engine.executor.describe(),
             "max_model_len": engine.options.max_model_len,
         }
-        engine.log = RunLog(log_file, header)
+        engine.log = RunLog(log_file, header, system.cost)
     return engine, system
 
 
@@ -131,9 +131,7 @@ class EngineLoop:
         self.channel = channel
         self.log_file = log_file
         self._zero = time.perf_counter() - engine.clock()
-        watched = WatchedExecutor(engine.executor)
-        engine.executor = watched
-        self.watch = StepWatch(record, watched, system.cost)
+        self.watch = StepWatch(record, system.cost)
         self._keys: dict[str, int] = {}
         self._requests: dict[int, Request] = {}
         self._accepted = 0

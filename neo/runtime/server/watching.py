@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from neo.core.graph import StepGraph
-from neo.core.plan import StepPlan
+from neo.core.learning import StepSeconds
 from neo.core.record import RunRecord, StepRow
 from neo.core.timing import Prices, durations, step_seconds
-from neo.runtime.executor import Executor, Sample, StepTimes
+from neo.cost.calibrated import Calibrated
 from neo.runtime.server.messages import StepInfo
 
 
@@ -30,6 +30,7 @@ class LiveRecord(RunRecord):
         super().__init__()
         self.keep = keep
         self.last: StepRow | None = None
+        self.graph: StepGraph | None = None  # of the same step
         if not keep:
             nothing: Any = _Nothing()
             self.requests = self.itl_values = self.itl_counts = nothing
@@ -40,37 +41,20 @@ class LiveRecord(RunRecord):
         if self.keep:
             super().add_row(row)
 
-
-class WatchedExecutor:
-    """An executor that remembers the graph it ran last."""
-
-    def __init__(self, inner: Executor) -> None:
-        self.inner = inner
-        self.tables = inner.tables
-        self.graph: StepGraph | None = None
-
-    def run(self, plan: StepPlan, graph: StepGraph, inputs: Any, copies: Any, sample: Sample) -> StepTimes:
-        """Run a step."""
+    def ran(self, graph: StepGraph, measured: StepSeconds) -> None:
+        """Note the graph of the step that ended."""
         self.graph = graph
-        return self.inner.run(plan, graph, inputs, copies, sample)
-
-    def describe(self) -> dict[str, Any]:
-        """The inner one's words."""
-        return self.inner.describe()
-
-    def close(self) -> None:
-        """Close the inner one."""
-        self.inner.close()
 
 
 class StepWatch:
     """Turns what a record saw of the last step into a StepInfo; ``cost`` prices its graph."""
 
-    def __init__(self, record: LiveRecord, executor: WatchedExecutor, cost: Prices) -> None:
+    def __init__(self, record: LiveRecord, cost: Prices) -> None:
         self.record = record
-        self.executor = executor
         self.cost = cost
         self._before = (0, 0, 0)
+        self._calibrated = cost if isinstance(cost, Calibrated) else None
+        self._version = 0 if self._calibrated is None else self._calibrated.version
 
     def take(self) -> StepInfo | None:
         """The step since the last call, if there was one."""
@@ -93,11 +77,22 @@ class StepWatch:
             h2d,
             d2h,
             preempted,
+            self._factors(),
         )
+
+    def _factors(self) -> dict[str, float] | None:
+        """The cost model's corrections, where they have changed."""
+        model = self._calibrated
+        if model is None or model.version == self._version:
+            return None
+        self._version = model.version
+        return model.factors
 
     def _predicted(self) -> float | None:
         """The cost model's seconds for the step; None where it has no price: that must not stop serving."""
-        graph = self.executor.graph
+        if self._calibrated is not None:  # which has learnt from this step by now
+            return self._calibrated.predicted_s
+        graph = self.record.graph
         if graph is None:
             return None
         try:
