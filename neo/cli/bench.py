@@ -212,7 +212,8 @@ def bench(
             seed,
             _given_prompts(trace, workload, endpoint) if token_ids is TokenIds.trace else None,
         )
-        run_url(workload, client, output, quiet, as_json)
+        if not run_url(workload, client, output, quiet, as_json):
+            raise typer.Exit(1)
         return
     names = policy or ["neo"]
     options = options_by_policy(names, key_values(policy_opt, "--policy-opt"))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from neo.cli.flags import KEY_VARIABLE
 from neo.cli.runner import Output, Progress, open_results, progress_bar, show, try_plot
-from neo.core.errors import InputError
+from neo.core.errors import InputError, one_line
 from neo.core.record import RunRecord
 from neo.core.request import FinishReason, Request, State
 from neo.report.files import RunMeta, RunResult, run_result, write_run
@@ -63,20 +63,28 @@ class Client:
         return Target(self.url, model, self.endpoint, self.api_key, self.temperature)
 
 
-def run_url(workload: Workload, client: Client, output: Output, quiet: bool, as_json: bool) -> None:
-    """Run, write and show: the command."""
+def run_url(workload: Workload, client: Client, output: Output, quiet: bool, as_json: bool) -> bool:
+    """Run, write and show: the command. False if a request failed, which is then said in a line."""
     with ExitStack() as stack:
         progress = None
         if not quiet and not as_json:
             progress = progress_bar(stack, "requests", len(workload))
-        result = bench_url(workload, client, output, progress)
+        result, served = bench_url(workload, client, output, progress)
     show([result], output, as_json)
+    failed = [s for s in served if s.error is not None]
+    if failed:
+        first = min(failed, key=lambda s: math.inf if s.end_s is None else s.end_s)
+        why = one_line(str(first.error))[:_LONGEST_ERROR]
+        print(f"{len(failed)} of {len(served)} requests failed; the first: {why}", file=sys.stderr)
+    return not failed
 
 
 def bench_url(
     workload: Workload, client: Client, output: Output, progress: Progress | None = None
-) -> RunResult:
+) -> tuple[RunResult, list[Served]]:
     """Send a workload to a server and measure what comes back; write ``output.directory``, if there is one.
+
+    Returns the result, and what became of each request.
 
     Ctrl-C leaves the results so far, as with every other run.
 
@@ -113,7 +121,7 @@ def bench_url(
         if output.directory is not None:
             print(f"interrupted; partial results in {output.directory}", file=sys.stderr)
         raise interrupted
-    return run_result(record, meta, output.slo, output.drop_first)
+    return run_result(record, meta, output.slo, output.drop_first), load.served
 
 
 async def _drive(load: Load, workload: Workload, client: Client) -> None:

@@ -235,12 +235,13 @@ def _model(
 
 
 def _announce(address: str, model: str, locked: bool) -> None:
-    """Tell where the server is, and a line to try."""
+    """Tell where the server is, and a line to try; a key is never printed, the shell must have it."""
     lines = ["curl", "-s", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json"]
     key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if locked else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is a KV cache?"}}]}}'
     print(f"neo serves {model} at {address}")
-    print(f"Try: {shlex.join(lines)}{key} -d {shlex.quote(body)}", flush=True)
+    needs = f", with the key in the shell's variable (export {KEY_VARIABLE}=...)" if locked else ""
+    print(f"Try{needs}: {shlex.join(lines)}{key} -d {shlex.quote(body)}", flush=True)
 
 
 def write_results(folder: Path, record: RunRecord, system: System, engine: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 from serving import Served, serving
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from neo.cli.bench import bench
 from neo.cli.validate import validate
@@ -32,13 +32,28 @@ app.command("bench")(bench)
 app.command("validate")(validate)
 
 
-def neo_bench(*arguments: str | Path) -> str:
-    """Standard output; an error meant for people passes through."""
+def invoked(*arguments: object) -> Result:
+    """The command; an error meant for people passes through."""
     found = CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "140"})
     if isinstance(found.exception, NeoError):
         raise found.exception
+    return found
+
+
+def neo_bench(*arguments: object) -> str:
+    """Standard output of a run in which no request failed."""
+    found = invoked(*arguments)
     assert found.exit_code == 0, found.output
+    assert "failed" not in found.stderr
     return found.stdout
+
+
+def failing_bench(*arguments: object) -> str:
+    """What is said in one line of a run in which some requests failed."""
+    found = invoked(*arguments)
+    assert found.exit_code == 1, found.output
+    (line,) = [line for line in found.stderr.splitlines() if "the first:" in line]
+    return line
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -116,7 +131,9 @@ def test_clients_that_give_up_and_a_server_that_refuses(tmp_path: Path) -> None:
     with serving(tmp_path, *arguments) as served:
         load = ["--prompt-lengths", "fixed:4", "--output-lengths", "fixed:2000", "--requests", "8"]
         out = tmp_path / "out"
-        neo_bench("--url", served.url, "--api-key", "k", *load, "--timeout", "1", "--out", out, "--no-plots")
+        keyed = ["--url", served.url, "--api-key", "k", *load]
+        line = failing_bench(*keyed, "--timeout", "1", "--out", out, "--no-plots")
+        assert line.startswith("6 of 8 requests failed; the first: HTTP 503: the queue is full")
         summary = json.loads((out / "summary.json").read_text())
         assert summary["requests"] == {"submitted": 8, "completed": 0, "rejected": 6, "aborted": 2}
         errors = summary["engine"]["errors"]  # one, or two that advise another time to wait
@@ -186,7 +203,8 @@ def test_errors_of_servers_are_counted_and_told_apart(tmp_path: Path) -> None:
     answers = [*WRONG.values(), good]
     with odd_server(answers) as url:
         load = ["--prompt-lengths", "fixed:4", "--output-lengths", "fixed:2", "--concurrency", "1"]
-        neo_bench("--url", url, *load, "--requests", len(answers), "--out", tmp_path, "--no-plots")
+        line = failing_bench("--url", url, *load, "--requests", len(answers), "--out", tmp_path, "--no-plots")
+    assert line == "9 of 10 requests failed; the first: HTTP 500: broken"
     summary = read_run(tmp_path).summary
     assert summary["requests"] == {"submitted": 10, "completed": 1, "rejected": 5, "aborted": 4}
     errors = list(summary["engine"]["errors"])

@@ -88,6 +88,18 @@ def test_completions_of_every_kind_of_prompt(client: Any, server: Served) -> Non
     assert len(client.completions.create(model=MODEL, prompt=text).choices[0].text.encode()) <= 16
 
 
+def test_bytes_that_are_no_character_at_the_end_are_in_both_kinds_of_answers(server: Served) -> None:
+    body: dict[str, Any] = {"prompt": "a", "temperature": 0, "logit_bias": {str(0xE2): 100}}
+    for count in (1, 2, 18, 40):
+        (whole,) = server.complete(**body, max_tokens=count)["choices"]
+        chunks = stream_of(server.post("/v1/completions", **body, max_tokens=count, stream=True))
+        assert len(chunks) == count
+        assert "".join(c["choices"][0]["text"] for c in chunks) == whole["text"] == "\ufffd" * count
+    for stop, text in (("\ufffd\ufffd", ""), ("\ufffd\ufffd\ufffd", "\ufffd\ufffd")):
+        (choice,) = server.complete(**body, max_tokens=2, stop=stop)["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (text, "stop" if not text else "length")
+
+
 def test_stop_strings_and_stop_tokens(client: Any, server: Served) -> None:
     base = {"model": MODEL, "prompt": "Once upon a time", "temperature": 0, "max_tokens": 50}
     (choice,) = client.completions.create(**base, stop=["smell", "small", "repo"]).choices
@@ -156,6 +168,8 @@ def test_errors_name_the_field(client: Any) -> None:
         ({"extra_body": {"priority": 2**40}}, "priority"),
         ({"extra_body": {"stop_token_ids": [-1]}}, "stop_token_ids"),
         ({"echo": True, "logprobs": 1}, "echo"),
+        ({"max_tokens": 4, "extra_body": {"min_tokens": 5}}, "min_tokens"),
+        ({"extra_body": {"min_tokens": 17}}, "min_tokens"),  # a completion has 16 by itself
     ):
         with pytest.raises(openai.BadRequestError) as caught:
             client.completions.create(**{**base, **more})
@@ -166,17 +180,37 @@ def test_errors_name_the_field(client: Any) -> None:
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": [*QUESTION, {"role": "user"}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "tool_calls": [{}]}]}, "messages[0].content"),
+        ({"messages": [*QUESTION, {"role": "assistant", "tool_calls": []}]}, "messages[1].content"),
+        ({"max_completion_tokens": 4, "extra_body": {"min_tokens": 5}}, "min_tokens"),
     ):
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(**{"model": MODEL, "messages": QUESTION, **more})
         assert caught.value.param == param
+        assert param in caught.value.message
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt-7", prompt="a")
     assert missing.value.param == "model"
 
 
+def test_an_assistant_that_called_tools_may_have_said_nothing(client: Any, server: Served) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    spoken: list[Any] = [{"role": "assistant", "content": "", "tool_calls": [call]}, *QUESTION]
+    silent: list[Any] = [{"role": "assistant", "tool_calls": [call]}, *QUESTION]
+    lengths = [server.post("/tokenize", messages=m).json()["count"] for m in (spoken, silent)]
+    assert lengths[0] == lengths[1]
+    assert client.chat.completions.create(model=MODEL, messages=silent, max_tokens=2).choices
+    refused = server.post("/tokenize", messages=[{"role": "user"}])
+    assert refused.json()["error"]["param"] == "messages[0].content"
+
+
 def test_lengths_are_capped_by_the_context(server: Served) -> None:
     (choice,) = server.complete(prompt="a" * 2040, max_tokens=10**9, ignore_eos=True)["choices"]
+    assert choice["finish_reason"] == "length"
+    short = {"prompt": "a" * 2040, "max_tokens": 99, "min_tokens": 99, "temperature": 0}
+    (choice,) = server.complete(**short)["choices"]  # what is cut to the context takes min_tokens with it
     assert choice["finish_reason"] == "length"
     answer = server.post("/v1/completions", prompt="a" * 2048)
     assert answer.json()["error"]["code"] == "context_length_exceeded"
@@ -298,5 +332,4 @@ def test_tokens_equal_those_of_the_engine_in_process_under_concurrency(server: S
     for i, text in enumerate(texts):
         tokens = expected[str(i)]
         whole = server.post("/detokenize", tokens=tokens).json()["prompt"]
-        assert whole.startswith(text), i  # a character that is not whole at the end is left out
-        assert len(whole) - len(text) <= 4
+        assert text == whole, i

@@ -149,6 +149,23 @@ def test_the_first_run_prints_a_line_that_works(tmp_path: Path) -> None:
         assert process.wait(60) == 0
 
 
+def test_with_a_key_the_printed_line_says_what_to_set_and_then_works(tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("no curl here")
+    with serving(tmp_path, "--api-key", "it's secret") as served:
+        assert served.process.stdout is not None
+        line = served.process.stdout.readline()
+        assert line.startswith("Try, with the key in the shell's variable (export NEO_API_KEY=...): curl ")
+        assert "secret" not in line
+        command = line.partition("): ")[2]
+        bare = {k: v for k, v in os.environ.items() if k != "NEO_API_KEY"}
+        for key, found in (({"NEO_API_KEY": "it's secret"}, "choices"), ({}, "error")):
+            done = subprocess.run(
+                ["sh", "-c", command], capture_output=True, timeout=120, check=True, env={**bare, **key}
+            )
+            assert found in json.loads(done.stdout)
+
+
 def test_the_example_client_talks_to_it(server: Served) -> None:
     pytest.importorskip("openai")
     command = [sys.executable, str(ROOT / "examples/chat.py"), "What is a KV cache?", "--url", server.url]

@@ -11,18 +11,19 @@ _TAIL = 6
 """Tokens of the prompt that the first generated one is decoded behind, so that a leading space stays: a
 character takes at most 4 bytes, and as many byte tokens."""
 _MOST_PENDING = 16
-"""Tokens without a whole character after which what is there is given as it is: several characters' worth of
-bytes that are none."""
+"""Tokens without a whole character after which what can no longer change is given as it is: bytes that are no
+character, or characters that look like that."""
 
 
 class Detokenizer:
-    """The text of one sequence, token by token."""
+    """The text of one sequence, token by token; ``flush`` it when it ends."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special
+        self._before = list(prompt[-_TAIL:])  # what the pending ones stand behind
         self._pending: list[int] = []
-        self._stream = DecodeStream(list(prompt[-_TAIL:]), skip_special)
+        self._stream = DecodeStream(self._before, skip_special)
 
     def push(self, token: int) -> str:
         """What ``token`` adds; empty while a character is not whole, or is U+FFFD, which looks like that."""
@@ -31,16 +32,40 @@ class Detokenizer:
             text = self._stream.step(self._tokenizer, token)
         except Exception:  # the library has one error: the text so far is no beginning of the text now
             text = self._restart()
-        if text is None and len(self._pending) > _MOST_PENDING:
-            text = self._restart()
         if text is None:
-            return ""
-        self._pending.clear()
+            return self._settled() if len(self._pending) > _MOST_PENDING else ""
+        self._before, self._pending = self._pending, []
         return str(text)
 
-    def _restart(self) -> str:
-        text = self._tokenizer.decode(self._pending, skip_special_tokens=self._skip)
+    def flush(self) -> str:
+        """What was held back, at the end: nothing comes that could make whole characters of it."""
+        if not self._pending:
+            return ""
+        before, whole = self._decode(self._before), self._decode(self._before + self._pending)
+        behind = whole[len(before) :] if whole.startswith(before) else self._decode(self._pending)
+        self._before, self._pending = self._pending, []
         self._stream = DecodeStream([], self._skip)
+        return behind
+
+    def _settled(self) -> str:
+        """As much of the pending text as no further token can change: up to where it can be cut in two."""
+        pending, whole = self._pending, self._decode(self._pending)
+        cuts = (at for at in range(len(pending) - 1, 0, -1) if self._cut(at) == whole)
+        at = next(cuts, len(pending))
+        self._pending = pending[:at]
+        text = self._restart()
+        self._before, self._pending = self._pending, []
+        return text + "".join([self.push(token) for token in pending[at:]])
+
+    def _cut(self, at: int) -> str:
+        return self._decode(self._pending[:at]) + self._decode(self._pending[at:])
+
+    def _restart(self) -> str:
+        self._stream = DecodeStream([], self._skip)
+        return self._decode(self._pending)
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
         return text
 
 

@@ -174,27 +174,36 @@ class Generation:
         if event.reason is not None and event.reason not in (FinishReason.LENGTH, FinishReason.STOP):
             raise _failure(event)
         if event.token is None:
-            return self._end(Piece(index, None, "", self._choices[index].tokens, finish_reason=event.reason))
+            choice = self._choices[index]
+            text, met = self._rest(choice)
+            reason = event.reason if met is None else "stop"
+            return self._end(Piece(index, None, text, choice.tokens, None, reason, met))
         return self._of_token(index, event.token, event.logprobs, event.reason)
 
     def _of_token(self, index: int, token: int, logprobs: Logprobs | None, reason: str | None) -> Piece:
         choice = self._choices[index]
         choice.tokens += 1
         self.outcome.output_tokens += 1
-        if reason == FinishReason.STOP and not self.wanted.include_stop:
-            text, met = choice.stops.flush(), None  # an end token is no text
-        elif choice.tokens < self.wanted.params.min_tokens:
-            text, met = choice.detokenizer.push(token), None
-        else:
-            text, met = choice.stops.push(choice.detokenizer.push(token))
+        text, met = "", None
+        if reason != FinishReason.STOP or self.wanted.include_stop:  # else it is an end token, and no text
+            text = choice.detokenizer.push(token)
+            if choice.tokens >= self.wanted.params.min_tokens:
+                text, met = choice.stops.push(text)
+        if reason is not None and met is None:
+            rest, met = self._rest(choice)
+            text += rest
         if met is not None:
             self.bridge.abort(self._keys[index], FinishReason.STOP)
             return self._end(Piece(index, token, text, choice.tokens, logprobs, "stop", met))
         if reason is None:
             return Piece(index, token, text, choice.tokens, logprobs)
         own = token if reason == FinishReason.STOP and token in self.wanted.params.stop_token_ids else None
-        text += choice.stops.flush()
         return self._end(Piece(index, token, text, choice.tokens, logprobs, reason, own))
+
+    def _rest(self, choice: _Choice) -> tuple[str, str | None]:
+        """What was held back of a choice that ends, and the stop string that is met in it."""
+        text, met = choice.stops.push(choice.detokenizer.flush())
+        return (text, met) if met is not None else (text + choice.stops.flush(), None)
 
     def _end(self, piece: Piece) -> Piece:
         self._choices[piece.choice].ended = True

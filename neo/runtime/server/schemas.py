@@ -85,6 +85,7 @@ class Message(_Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
     name: str | None = None
 
 

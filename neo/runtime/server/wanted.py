@@ -109,8 +109,11 @@ class Reader:
     def conversation(self, messages: Sequence[Message], *, generate: bool, resume: bool) -> list[int]:
         """Token ids of messages by the model's chat template."""
         plain = []
-        for message in messages:
+        for i, message in enumerate(messages):
             content = message.content
+            if content is None and not (message.role == "assistant" and message.tool_calls):
+                where = f"messages[{i}].content"
+                raise bad(where, f"{where}: missing; only an assistant's message with tool_calls needs none")
             if isinstance(content, list):
                 if any(part.type != "text" or part.text is None for part in content):
                     raise bad("messages", "messages: only parts of type 'text' are supported")
@@ -161,7 +164,10 @@ class Reader:
         _refuse_unsupported(body, n)
         if n * len(prompts) > MAX_CHOICES:
             raise bad("n", f"n: {len(prompts)} prompts of {n} choices, at most {MAX_CHOICES} in all")
-        lengths = [self._cap(ids, most or _COMPLETION_TOKENS, field) for ids in prompts]
+        most = most or _COMPLETION_TOKENS
+        if (body.min_tokens or 0) > most:
+            raise bad("min_tokens", f"min_tokens: {body.min_tokens} is more than max_tokens, which is {most}")
+        lengths = [self._cap(ids, most, field) for ids in prompts]
         stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         return Wanted(
             id,
