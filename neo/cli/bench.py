@@ -157,7 +157,7 @@ def bench(
     policy: opt.Policy = None,
     policy_opt: opt.PolicyOpt = None,
     hardware: eng.Hardware = "this",
-    cost: opt.Cost = "roofline",
+    cost: opt.Cost = "auto",
     cost_opt: opt.CostOpt = None,
     kv_gpu_blocks: eng.KvGpuBlocks = None,
     kv_cpu_blocks: eng.KvCpuBlocks = None,
@@ -382,7 +382,7 @@ class MeasuredRun(Run["Replay"]):
         found = [str(w) for w in self.system.cost.describe().get("warnings", ())]
         if note := _note(driver.engine):
             found.append(note)
-        if config.hardware == THIS_MACHINE and config.cost_model.endswith("roofline"):
+        if config.hardware == THIS_MACHINE and self.system.config.cost_model.endswith("roofline"):
             found.append(
                 "policies planned with rough rates of this machine, measured in a moment; "
                 "'neo profile' makes a table for --cost profiled:TABLE.json"

@@ -105,8 +105,8 @@ Cost = Annotated[
     _option(
         SYSTEM,
         "--cost",
-        help="Cost model: roofline, profiled:TABLE.json, path/to/file.py:Class; or calibrated: and one of "
-        "them, corrected by measured steps.",
+        help="Cost model: roofline, profiled:TABLE.json, path/to/file.py:Class; auto: the table measured on "
+        "this hardware preset, else roofline. calibrated: before one: corrected by measured steps.",
     ),
 ]
 CostOpt = Annotated[

@@ -11,12 +11,13 @@ from neo.core.errors import InputError, NeoError
 from neo.core.plugins import close_matches, load_object
 from neo.core.specs import HardwareSpec, ModelSpec
 from neo.cost.interface import CostModel
+from neo.cost.presets import shipped_table
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 ENTRY_POINTS = "neo.cost_models"
-BUILT_IN = ("calibrated", "profiled", "roofline")
+BUILT_IN = ("auto", "calibrated", "profiled", "roofline")
 _CALIBRATED = "calibrated:"
 
 
@@ -34,7 +35,7 @@ def load_cost_model(
         spec: ``roofline``, ``profiled:TABLE.json``, a name registered under the entry points
             ``neo.cost_models``, or ``path/to/file.py:Class`` (``package.module:Class`` works too); a class is
             constructed with ``(model, hardware, **options)``. ``calibrated:`` before any of them corrects it
-            online.
+            online; ``auto``: see ``resolve_cost``.
         model: what runs.
         hardware: where it runs.
         options: keyword options of the cost model, as text (``--cost-opt key=value``).
@@ -43,6 +44,7 @@ def load_cost_model(
         InputError: one line: what was wrong and where.
     """
     options = dict(options or {})
+    spec = resolve_cost(spec, model, hardware.name)
     name, _, rest = spec.partition(":")
     if name == "calibrated":
         return _calibrated(rest, model, hardware, options)
@@ -69,6 +71,17 @@ def load_cost_model(
         f"unknown cost model '{spec}'{close_matches(spec, known)} "
         f"(known: {', '.join(known)}; or path/to/file.py:Class)"
     )
+
+
+def resolve_cost(spec: str, model: ModelSpec, hardware: str) -> str:
+    """``spec`` with ``auto`` replaced: by the table that was measured on the hardware of that name with this
+    shape of model and comes with neo, else by the roofline."""
+    before, _, last = spec.rpartition(":")
+    if last != "auto" or before not in ("", "calibrated"):
+        return spec
+    table = shipped_table(hardware, model)
+    found = "roofline" if table is None else f"profiled:{table}"
+    return f"{before}:{found}" if before else found
 
 
 def is_calibrated(spec: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from neo.core.errors import InputError
@@ -12,7 +12,7 @@ from neo.core.scheduler import Scheduler
 from neo.core.specs import HardwareSpec, ModelSpec
 from neo.core.view import Limits
 from neo.cost.interface import CostModel
-from neo.cost.loading import is_calibrated, load_cost_model, table_of, with_table
+from neo.cost.loading import is_calibrated, load_cost_model, resolve_cost, table_of, with_table
 from neo.cost.memory import kv_budget
 from neo.cost.presets import load_hardware, load_model
 from neo.policy.registry import load_policy
@@ -30,7 +30,7 @@ class SystemConfig:
     hardware: str = "g5.16xlarge"
     model: str = "llama-3.1-8b"
     policy_options: Mapping[str, str] = field(default_factory=dict)
-    cost_model: str = "roofline"
+    cost_model: str = "auto"
     cost_options: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     tp: int | None = None  # None: all GPUs of the machine
@@ -106,6 +106,7 @@ def build_system(config: SystemConfig) -> System:
             f"--cost {config.cost_model}: it learns from measured steps, which a simulation has not; "
             f"use --cost {base}"
         )
+    config = replace(config, cost_model=resolve_cost(config.cost_model, model, hardware.name))
     cost = load_cost_model(config.cost_model, model, hardware, dict(config.cost_options))
     try:
         described = isinstance(cost.describe(), dict)
