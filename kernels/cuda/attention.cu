@@ -57,7 +57,7 @@ __device__ Start find(const Attention &args, int place) {
             high = middle;
     }
     const int in_row = place - args.plan.begins[low], of_unit = places_of_unit(args, low);
-    return Start{low, in_row / of_unit, in_row % of_unit, 0};
+    return Start{low, in_row / of_unit, in_row % of_unit, args.lengths[low]};
 }
 
 // One block.
@@ -89,8 +89,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) make_plan(const __grid_constant_
         args.plan.run[1] = total;
     }
     for (int w = threadIdx.x; w < args.workers; w += PLAN_THREADS)
-        if (static_cast<int64_t>(w) * run < total)
-            args.plan.starts[w] = find(args, w * run);
+        args.plan.starts[w] = static_cast<int64_t>(w) * run < total ? find(args, w * run) : Start{};
 }
 
 // How the kernel is laid out on this device; workers 0: the plain kernel.
@@ -173,6 +172,7 @@ neo_cuda_status check_rows(const neo_cuda_decode &args) noexcept {
     NEO_NEED(args.out_head_stride >= args.cache->head_dim || args.q_heads == 1,
              "out_head_stride is %lld, less than head_dim", static_cast<long long>(args.out_head_stride));
     NEO_NEED(std::isfinite(args.scale), "scale must be finite");
+    NEO_TRY(neo::check(args.ahead));
     return NEO_CUDA_OK;
 }
 
@@ -211,6 +211,8 @@ neo_cuda_status describe(const neo_cuda_decode &args, const Geometry &geometry, 
     attention.workers = geometry.workers;
     attention.stages = geometry.stages;
     attention.scale_log2 = static_cast<float>(args.scale * LOG2_E);
+    attention.early = args.early;
+    attention.ahead = ahead_of(args.ahead);
     return NEO_CUDA_OK;
 }
 

@@ -11,9 +11,9 @@ namespace {
 using namespace neo;
 
 constexpr int WARPS = 8;
-constexpr int MAX_HALF = 128;    // of a head
 constexpr int MANY_HEADS = 4;    // of a warp where there are many rows
 constexpr int MANY_ROWS = 512;
+constexpr int FEW_CTAS = 6;      // of few rows, on a multiprocessor: half of its registers are left for attention
 
 template <class T> struct Qkv {
     T *cache;
@@ -21,7 +21,7 @@ template <class T> struct Qkv {
     T *q_out, *k_out, *v_out;
     int64_t qkv_stride, q_stride, kv_stride, table_stride;
     const int32_t *tables, *slots, *positions;
-    int32_t rows, q_heads, kv_heads, head_dim, block;
+    int32_t rows, q_heads, kv_heads, head_dim, block, early;
     float eps;
 };
 
@@ -29,9 +29,10 @@ template <class T, int V> struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16
     T at[V];
 };
 
-// Elements of a head that a lane has, V neighbours at a time: elements (32 i + lane) V and so on of each half.
-template <class T, int V> struct Elements {
-    static constexpr int PIECES = MAX_HALF / 32 / V;
+// Elements of a head that a lane has, V neighbours at a time: elements (32 i + lane) V and so on of each half. HALF: what a
+// half has at most.
+template <class T, int V, int HALF> struct Elements {
+    static constexpr int PIECES = HALF / 32 / V;
     Some<T, V> at[PIECES][2];
 
     // Calls use(index of the piece, which half, element's number) for all that the head has.
@@ -69,11 +70,11 @@ template <class T, int V> struct Elements {
 };
 
 // Bias, norm and, unless it is a head of v, rotation in fp32; rounded once.
-template <class T, int V>
-__device__ __forceinline__ void transform(Elements<T, V> &head, const T *bias, const T *norm, bool is_v,
-                                          const Elements<T, V> &cos, const Elements<T, V> &sin, float eps, int half,
-                                          int lane) {
-    float x[Elements<T, V>::PIECES][2][V] = {}; // zeros where the head ends
+template <class T, int V, int HALF>
+__device__ __forceinline__ void transform(Elements<T, V, HALF> &head, const T *bias, const T *norm, bool is_v,
+                                          const Elements<T, V, HALF> &cos, const Elements<T, V, HALF> &sin, float eps,
+                                          int half, int lane) {
+    float x[Elements<T, V, HALF>::PIECES][2][V] = {}; // zeros where the head ends
     head.change(half, lane, [&](int i, int h, int j, int d) {
         x[i][h][j] = to_float(head.at[i][h].at[j]) + (bias != nullptr ? to_float(bias[d]) : 0.f);
     });
@@ -124,8 +125,8 @@ __device__ void append_keys(const Qkv<T> &args, const T *keys, int first_head, c
 }
 
 // HEADS 1: a warp has one head of row blockIdx.x. Otherwise it has HEADS heads of one of the 8 rows of its block.
-template <class T, int HEADS, int V>
-__global__ void __launch_bounds__(WARPS * 32) rope_append(const __grid_constant__ Qkv<T> args) {
+template <class T, int HEADS, int V, int HALF>
+__global__ void __launch_bounds__(WARPS * 32, HEADS == 1 && HALF <= 64 ? FEW_CTAS : 2) rope_append(const __grid_constant__ Qkv<T> args) {
     NEO_DYNAMIC_SHARED(shared); // of many rows: their keys
     constexpr bool MANY = HEADS > 1;
     __shared__ Target targets[WARPS];
@@ -136,19 +137,23 @@ __global__ void __launch_bounds__(WARPS * 32) rope_append(const __grid_constant_
     const int there = row >= args.rows ? 0 : min(HEADS, heads - first);
     T *const keys = reinterpret_cast<T *>(shared);
 
-    Elements<T, V> of[HEADS], cos, sin; // all are asked for before any is used
-#pragma unroll
-    for (int h = 0; h < HEADS; h++)
-        if (h < there)
-            of[h].load(args.qkv + row * args.qkv_stride + (first + h) * D, half, lane);
+    release_next();
+    if (args.early == 0)
+        await_previous();
+    Elements<T, V, HALF> of[HEADS], cos, sin; // all are asked for before any is used
     if (there > 0) {
         cos.load(args.cos + row * D, half, lane);
         sin.load(args.sin + row * D, half, lane);
     }
     Target target{-1, 0};
-    bool together = false; // the keys of the block's rows
     if (first + HEADS > q_heads)
         target = target_of(args, static_cast<int>(row));
+    await_previous();
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+        if (h < there)
+            of[h].load(args.qkv + row * args.qkv_stride + (first + h) * D, half, lane);
+    bool together = false; // the keys of the block's rows
     if (MANY && first + HEADS > q_heads && first < q_heads + args.kv_heads) { // the same for all of the block
         if (lane == 0)
             targets[warp] = target;
@@ -194,7 +199,7 @@ bool in_pairs(const neo_cuda_qkv &args, size_t element) noexcept {
     return args.qkv_stride % 2 == 0 && args.q_stride % 2 == 0 && args.kv_stride % 2 == 0;
 }
 
-template <class T> void launch(const neo_cuda_qkv &args, cudaStream_t stream) {
+template <class T, int HALF> void launch_for(const neo_cuda_qkv &args, cudaStream_t stream) {
     const auto elements = [](const void *p) { return static_cast<const T *>(p); };
     const auto writable = [](void *p) { return static_cast<T *>(p); };
     const neo_cuda_cache &cache = *args.cache;
@@ -203,16 +208,23 @@ template <class T> void launch(const neo_cuda_qkv &args, cudaStream_t stream) {
                         writable(args.k_out),  writable(args.v_out),  args.qkv_stride,     args.q_stride,
                         args.kv_stride,        args.table_stride,     args.block_tables,   args.slots,
                         args.positions,        args.rows,             args.q_heads,        cache.kv_heads,
-                        cache.head_dim,        cache.block_size,      args.eps};
+                        cache.head_dim,        cache.block_size,      args.early,          args.eps};
     const int heads = args.q_heads + 2 * cache.kv_heads;
     if (in_pairs(args, sizeof(T)) && args.rows >= MANY_ROWS) {
         const dim3 grid((args.rows + WARPS - 1) / WARPS, (heads + MANY_HEADS - 1) / MANY_HEADS);
         const size_t keys = sizeof(T) * MANY_HEADS * WARPS * cache.head_dim; // 32 KiB at most
-        launch_kernel(rope_append<T, MANY_HEADS, 2>, grid, WARPS * 32, keys, stream, kernel);
+        launch_overlapping(rope_append<T, MANY_HEADS, 2, HALF>, grid, WARPS * 32, keys, stream, kernel);
         return;
     }
-    const auto one = in_pairs(args, sizeof(T)) ? rope_append<T, 1, 2> : rope_append<T, 1, 1>;
-    launch_kernel(one, dim3(args.rows, (heads + WARPS - 1) / WARPS), WARPS * 32, 0, stream, kernel);
+    const auto one = in_pairs(args, sizeof(T)) ? rope_append<T, 1, 2, HALF> : rope_append<T, 1, 1, HALF>;
+    launch_overlapping(one, dim3(args.rows, (heads + WARPS - 1) / WARPS), WARPS * 32, 0, stream, kernel);
+}
+
+template <class T> void launch(const neo_cuda_qkv &args, cudaStream_t stream) {
+    if (args.cache->head_dim <= 128)
+        launch_for<T, 64>(args, stream);
+    else
+        launch_for<T, 128>(args, stream);
 }
 
 neo_cuda_status check(const neo_cuda_qkv &args) noexcept {

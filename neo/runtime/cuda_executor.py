@@ -290,6 +290,7 @@ class CudaExecutor:
     def _launch(self, template: Template) -> None:
         """Every operation, in program order."""
         copied, sections = program(template)
+        self._copied = copied
         self._waiting: dict[int, tuple[Step, int]] = {}  # RECVs that are launched ahead of their POST
         self._latest: dict[tuple[OpKind, int], list[torch.cuda.Event]] = {}
         for repeat, first_layer, steps in sections:
@@ -438,7 +439,7 @@ class CudaExecutor:
         if self._deferred:
             self._append_special(layer)
         self._prefill.run(rows, layer, self.tables)
-        rows.attend(self.table(layer))
+        rows.attend(layer, self.table(layer), early=not self._copied)
         if self._special is not None and self._streamed is not None:
             tables = self._special_tables
             self._streamed.attend.args.block_tables = tables.data_ptr() + 4 * layer * tables.stride(0)

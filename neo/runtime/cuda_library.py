@@ -14,7 +14,7 @@ from pathlib import Path
 
 from neo.runtime.cpu_library import Sized
 
-ABI = 1
+ABI = 2
 LIBRARY_VARIABLE = "NEO_CUDA_LIBRARY"
 _NAME = "libneo_cuda.so"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +41,18 @@ class DeviceInfo(Sized):
         ("l2_bytes", c_int32),
         ("runtime", c_int32),
         ("driver", c_int32),
+    )
+
+
+class Ahead(Sized):
+    """``neo_cuda_ahead``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("data", c_void_p),
+        ("stride", c_int64),
+        ("rows", c_int32),
+        ("bytes", c_int32),
     )
 
 
@@ -81,6 +93,8 @@ class Decode(Sized):
         ("ctas", c_int32),
         ("stages", c_int32),
         ("scale", c_float),
+        ("early", c_int32),
+        ("ahead", POINTER(Ahead)),
     )
 
 
@@ -97,6 +111,7 @@ class Norm(Sized):
         ("width", c_int32),
         ("dtype", c_int32),
         ("eps", c_float),
+        ("ahead", POINTER(Ahead)),
     )
 
 
@@ -110,6 +125,7 @@ class Silu(Sized):
         ("rows", c_int32),
         ("width", c_int32),
         ("dtype", c_int32),
+        ("ahead", POINTER(Ahead)),
     )
 
 
@@ -138,6 +154,7 @@ class Qkv(Sized):
         ("rows", c_int32),
         ("q_heads", c_int32),
         ("eps", c_float),
+        ("early", c_int32),
     )
 
 
@@ -245,6 +262,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "neo_cuda_version": (c_char_p, []),
         "neo_cuda_last_error": (c_char_p, []),
         "neo_cuda_describe": (c_int32, [POINTER(DeviceInfo)]),
+        "neo_cuda_overlap": (c_int32, [c_int32]),
         "neo_cuda_decode_workspace": (c_int32, [POINTER(Decode), POINTER(c_size_t)]),
     }
     signatures |= {name: (c_int32, [POINTER(struct), c_void_p]) for name, struct in LAUNCHES.items()}
@@ -292,6 +310,14 @@ def describe() -> DeviceInfo:
     info = DeviceInfo()
     check(load().neo_cuda_describe(info))
     return info
+
+
+def overlap(on: bool | None = None) -> bool:
+    """Whether kernels may begin before the one ahead has ended, as it was until now; None leaves it so.
+
+    Of launches that a CUDA graph has captured nothing changes.
+    """
+    return bool(load().neo_cuda_overlap(-1 if on is None else int(on)))
 
 
 def why_not() -> str:

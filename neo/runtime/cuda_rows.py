@@ -7,6 +7,8 @@ Python between two launches, and what a CUDA graph captures stays where it is.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,11 @@ from neo.runtime.model import Model
 from neo.runtime.step_inputs import BatchInputs
 from neo.runtime.weights import LayerWeights
 
+_FEW = 256
+"""Rows up to which a product waits for its weights, so that fetching them ahead is worth it."""
+_AHEAD_BYTES = 8 << 20
+"""Of weights, fetched to the L2 cache while the kernel ahead of their product does not read much."""
+_PRODUCTS = ("qkv", "out", "gate_up", "down")
 _NO_SLOT = -1  # of rows whose KV does not go into the GPU's cache with PRE
 
 
@@ -146,10 +153,16 @@ class Rows:
             config.rms_eps,
         )
         self._qkv = kernels.qkv_rope_append(self.cache, self.qkv, extra, self.cos, self.sin, *heads, *common)
+        self._qkv.args.early = 1  # the product is ahead of it, and the step's inputs are ahead of that
         # Rows that are rotated already: cosine 1 and sine 0 leave them as they are.
         self._late = kernels.qkv_rope_append(
             self.cache, self.qkv, kernels.QkvWeights(), ones, torch.zeros_like(ones), *heads, *common
         )
+        limit = int(os.environ.get("NEO_CUDA_AHEAD_BYTES", _AHEAD_BYTES))
+        self._ahead = [
+            {name: ctypes.pointer(kernels.ahead(getattr(layer, name), limit)) for name in _PRODUCTS}
+            for layer in model.weights.layers
+        ]
         self.attention: kernels.Attention | None = None
         if decodes:
             size = kernels.decode_workspace(self.cache, decodes, self.heads)
@@ -187,12 +200,18 @@ class Rows:
             args.out = self.attended.data_ptr() + at.gpu * self.attended.stride(0) * by
             self.attention.plan()
 
+    def _fetch(self, launch: kernels.Launch, layer: int, product: str) -> None:
+        """Let a kernel fetch weights of the product behind it."""
+        few = self.at.rows <= _FEW
+        launch.args.ahead = self._ahead[layer][product] if few else None
+
     def pre(self, layer: int, weights: LayerWeights, table: tuple[int, int], first: bool) -> None:
         """Norm, projection, rotation, append. ``table``: the layer's, its address and its row's length."""
         n = self.at.rows
         norm = self._norm.args
         norm.delta = None if first else self.delta.data_ptr()
         norm.weight = weights.input_norm.data_ptr()
+        self._fetch(self._norm, layer, "qkv")
         self._norm()
         _project(self.x[:n], weights.qkv, None, self.qkv[:n])
         args = self._qkv.args
@@ -215,12 +234,17 @@ class Rows:
         args.block_tables, args.table_stride = table
         self._late()
 
-    def attend(self, table: tuple[int, int]) -> None:
-        """Decode attention of the GPU decodes in one layer."""
+    def attend(self, layer: int, table: tuple[int, int], early: bool) -> None:
+        """Decode attention of the GPU decodes in one layer.
+
+        ``early``: nothing but this layer's append writes to the cache in this step.
+        """
         if self.attention is None or not self.at.gpu_rows:
             return
         args = self.attention.attend.args
         args.block_tables, args.table_stride = table
+        args.early = early
+        self._fetch(self.attention.attend, layer, "out")
         self.attention.attend()
 
     def post(self, layer: int, weights: LayerWeights) -> None:
@@ -229,8 +253,10 @@ class Rows:
         _project(self.attended[:n], weights.out, weights.out_bias, self.delta[:n])
         norm = self._norm.args
         norm.delta, norm.weight = self.delta.data_ptr(), weights.post_norm.data_ptr()
+        self._fetch(self._norm, layer, "gate_up")
         self._norm()
         _project(self.x[:n], weights.gate_up, weights.gate_up_bias, self.gate_up[:n])
+        self._fetch(self._silu, layer, "down")
         self._silu()
         _project(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
 

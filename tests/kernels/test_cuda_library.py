@@ -119,6 +119,11 @@ def post(**fields: Any) -> c.Post:
     return c.Post(**good | fields)
 
 
+def ahead(**fields: Any) -> Any:
+    good = {"data": HERE, "stride": 256, "rows": 3, "bytes": 128}
+    return ctypes.pointer(c.Ahead(**good | fields))
+
+
 def wait(**fields: Any) -> c.Await:
     good: dict[str, Any] = {
         "channel": channel(), "packed": HERE, "packed_stride": 64, "out": HERE, "out_stride": 64, "rows": 2,
@@ -158,6 +163,12 @@ REFUSED: list[tuple[str, Sized, str]] = [
     ("silu_mul", silu(rows=-2), "rows is -2"),
     ("silu_mul", silu(out=0), "must not be NULL"),
     ("silu_mul", silu(out=HERE + 8), "aligned to 16"),
+    ("decode_attention", decode(ahead=ahead(size=3)), "ahead has size 3"),
+    ("decode_attention", decode(ahead=ahead(rows=-1)), "ahead: rows is -1"),
+    ("add_rms_norm", norm(ahead=ahead(data=HERE + 8)), "ahead: data must be aligned"),
+    ("add_rms_norm", norm(ahead=ahead(data=0)), "ahead: data must be aligned to 16 bytes, not NULL"),
+    ("silu_mul", silu(ahead=ahead(bytes=24)), "ahead: bytes is 24"),
+    ("silu_mul", silu(ahead=ahead(stride=112)), "ahead: stride is 112, must be .* at least 128"),
     ("qkv_rope_append", qkv(cache(kv_heads=3)), "q_heads is 4"),
     ("qkv_rope_append", qkv(qkv_stride=511), "at least 512"),
     ("qkv_rope_append", qkv(q_stride=255), "at least 256"),
@@ -208,6 +219,17 @@ def test_null_is_refused_everywhere(library: ctypes.CDLL) -> None:
 def test_nothing_to_do_needs_no_device(library: ctypes.CDLL, function: str, args: Sized) -> None:
     c.check(getattr(library, f"neo_cuda_{function}")(args, None))
     assert library.neo_cuda_last_error() == b""
+
+
+def test_overlap_is_turned_off_and_on(library: ctypes.CDLL) -> None:
+    was = c.overlap()
+    try:
+        assert c.overlap(False) is was
+        assert c.overlap() is False
+        assert c.overlap(True) is False
+        assert c.overlap() is True
+    finally:
+        c.overlap(was)
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../device.h"
 #include "../numbers.cuh"
 
 namespace neo {
@@ -108,12 +109,73 @@ __device__ __forceinline__ uint64_t now_ns() {
     return ns;
 }
 
+// ---- beginning before the kernel ahead on the stream has ended ----
+
+// Until all kernels ahead on the stream have ended and what they wrote is to be seen. Every thread block calls it, those
+// too that have nothing to do: a kernel that ends must not be ahead of the one that it did not wait for.
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Once every block has called it, the next kernel may begin, as far as its own await_previous().
+__device__ __forceinline__ void release_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// So many bytes (a multiple of 16, from an aligned address) on their way into the L2 cache; nobody waits for them.
+__device__ __forceinline__ void fetch_to_l2(const void *from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#else
+    for (uint32_t at = 0; at < bytes; at += 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char *>(from) + at) : "memory");
+#endif
+}
+
 // ---- launches ----
 
 template <class... Parameters, class... Args>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
                    const Args &...args) {
     kernel<<<grid, threads, shared_bytes, stream>>>(args...);
+}
+
+// Whether the code that a device of this capability runs, of what this library holds, knows await_previous(). Of older
+// code compiled for a newer device that is not so.
+inline bool knows_overlap(int capability) noexcept {
+    constexpr int built[] = {__CUDA_ARCH_LIST__};
+    for (const int arch : built)
+        if (arch >= 900 && arch <= 10 * capability)
+            return true;
+    return false;
+}
+
+// Of a kernel that calls await_previous() before it reads what others may have just written, and before it writes. It
+// and the one ahead share multiprocessors only where both have these divided alike between L1 and shared memory.
+template <class... Parameters, class... Args>
+void launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
+                        const Args &...args) {
+    Device device{};
+    if (!overlap_wanted() || current_device(device) != NEO_CUDA_OK || !knows_overlap(device.capability)) {
+        launch_kernel(kernel, grid, threads, shared_bytes, stream, args...);
+        return;
+    }
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, kernel, args...); // its error is the last one, for the caller to ask for
 }
 
 } // namespace neo
