@@ -30,56 +30,73 @@ struct LinearShare {
 };
 
 // Brings steps into shared memory: [tiles of W | rows of x], lines of 128 bytes whose 16-byte words have changed places
-// with word ^ row % 8, so that the 8 rows of a matrix lie in different banks.
+// with word ^ row % 8, so that the 8 rows of a matrix lie in different banks. Addresses are kept and moved on: the loads
+// of a step cost about as many instructions as there are copies.
 template <class T, int ROWS> struct LinearLoader {
+    static constexpr int COPIES = (ROWS * 8 + LINEAR_THREADS - 1) / LINEAR_THREADS; // of x by a thread
+    static constexpr int WARPS = LINEAR_THREADS / 32;
+
     const Linear &args;
     const LinearShare &share;
-    int round = 0, step, tile, tiles;
+    int round = 0, left, tiles, k; // left: steps of the round; k: where this thread's word of the step lies
+    const T *weight;               // that word in the first of this warp's rows
+    const T *x[COPIES];
 
-    __device__ LinearLoader(const Linear &a, const LinearShare &s) : args(a), share(s), step(s.step) { begin_round(); }
+    __device__ LinearLoader(const Linear &a, const LinearShare &s) : args(a), share(s) { begin_round(); }
+
+    __device__ static int word() { return threadIdx.x % 8; }
+    __device__ static int row_of_x(int copy) { return (copy * LINEAR_THREADS + threadIdx.x) / 8; }
 
     __device__ void begin_round() {
-        tile = share.tile(round);
+        const int tile = share.tile(round), row = threadIdx.x / 32 * LINEAR_TILE + threadIdx.x % 32 / 8;
         tiles = share.tile(round + 1) - tile;
+        left = share.steps;
+        k = share.step * LINEAR_STEP + word() * 8;
+        weight = static_cast<const T *>(args.weight) + (int64_t{tile} * LINEAR_TILE + row) * args.weight_stride + k;
+#pragma unroll
+        for (int i = 0; i < COPIES; i++)
+            x[i] = static_cast<const T *>(args.x) + (row_of_x(i) < args.rows ? row_of_x(i) : 0) * args.x_stride + k;
     }
-    __device__ bool more() const { return round < share.rounds; }
+    __device__ bool more() const { return left > 0; }
     __device__ void next() {
-        if (++step < share.step + share.steps)
-            return;
-        step = share.step;
-        if (++round < share.rounds)
+        k += LINEAR_STEP;
+        weight += LINEAR_STEP;
+#pragma unroll
+        for (int i = 0; i < COPIES; i++)
+            x[i] += LINEAR_STEP;
+        if (--left == 0 && ++round < share.rounds)
             begin_round();
     }
 
+    // Words behind the end become zeros; their addresses are those of others in the row.
     __device__ void weights(uint32_t to) const {
-        const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 8, word = threadIdx.x % 8;
-        const int k = step * LINEAR_STEP + word * 8;
+        const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 8;
         const bool valid = k < args.width;
-        const T *const from = static_cast<const T *>(args.weight) +
-                              (int64_t{tile} * LINEAR_TILE + row) * args.weight_stride + (valid ? k : 0);
+        const T *const from = weight - (valid ? 0 : word() * 8);
+        to += (warp * LINEAR_TILE + row) * LINEAR_LINE_BYTES;
 #pragma unroll
         for (int i = 0; i < LINEAR_WARP_TILES; i++) {
-            const int j = warp + i * (LINEAR_THREADS / 32);
-            if (j >= tiles)
+            if (warp + i * WARPS >= tiles)
                 break;
 #pragma unroll
-            for (int r = 0; r < LINEAR_TILE; r += 4)
-                copy_16(to + (j * LINEAR_TILE + row + r) * LINEAR_LINE_BYTES + (word ^ ((row + r) & 7)) * 16,
-                        from + (j * LINEAR_TILE + r) * args.weight_stride, valid);
+            for (int r = 0; r < LINEAR_TILE; r += 4) {
+                const int down = i * WARPS * LINEAR_TILE + r;
+                copy_16(to + down * LINEAR_LINE_BYTES + (word() ^ row ^ (r & 4)) * 16, from + down * args.weight_stride,
+                        valid);
+            }
         }
     }
 
     __device__ void rows(uint32_t to) const {
         to += args.span * LINEAR_TILE * LINEAR_LINE_BYTES;
+        const bool valid = k < args.width;
 #pragma unroll
-        for (int i = 0; i < ROWS * 8; i += LINEAR_THREADS) {
-            const int at = i + threadIdx.x;
-            if (at >= ROWS * 8) // whole warps
+        for (int i = 0; i < COPIES; i++) {
+            const int row = row_of_x(i);
+            if (ROWS * 8 < LINEAR_THREADS && row >= ROWS) // whole warps
                 break;
-            const int row = at / 8, word = at % 8, k = step * LINEAR_STEP + word * 8;
-            const bool valid = row < args.rows && k < args.width;
-            const T *const from = static_cast<const T *>(args.x) + (valid ? row : 0) * args.x_stride + (valid ? k : 0);
-            copy_16(to + row * LINEAR_LINE_BYTES + (word ^ (row & 7)) * 16, from, valid);
+            copy_16(to + row * LINEAR_LINE_BYTES + (word() ^ (row & 7)) * 16, x[i] - (valid ? 0 : word() * 8),
+                    valid && row < args.rows);
         }
     }
 };

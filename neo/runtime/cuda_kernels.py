@@ -187,9 +187,7 @@ def linear(
             f"x is {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype}, "
             f"out {tuple(out.shape)} {out.dtype}: must agree"
         )
-    if bias is not None and (
-        bias.shape != (columns,) or bias.dtype != x.dtype or not bias.is_contiguous()
-    ):
+    if bias is not None and (bias.shape != (columns,) or bias.dtype != x.dtype or not bias.is_contiguous()):
         raise ValueError(
             f"bias is {tuple(bias.shape)} {bias.dtype}, must be contiguous ({columns},) {x.dtype}"
         )

@@ -149,7 +149,7 @@ __device__ __forceinline__ void fetch_to_l2(const void *from, uint32_t bytes) {
 // Until all threads of the cluster are here; what they wrote to shared memory is then to be seen by all of them.
 __device__ __forceinline__ void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
@@ -188,7 +188,9 @@ inline bool knows_overlap(int capability) noexcept {
 // Whether launches on this device are to begin before the kernel ahead has ended.
 inline bool overlaps(const Device &device) noexcept { return overlap_wanted() && knows_overlap(device.capability); }
 
-// The blocks in clusters of so many (1: none, else needs sm_90); `overlapping`: see launch_overlapping.
+// The blocks in clusters of so many (1: none, else needs sm_90). `overlapping`: of a kernel that calls await_previous()
+// before it reads what others may have just written, and before it writes. It and the one ahead share multiprocessors only
+// where both have these divided alike between L1 and shared memory.
 template <class... Parameters, class... Args>
 void launch_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
                      unsigned cluster, bool overlapping, const Args &...args) {
@@ -200,6 +202,7 @@ void launch_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, size
     config.stream = stream;
     config.attrs = attributes;
     if (overlapping) {
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
@@ -233,8 +236,7 @@ int clusters_at_once(void (*kernel)(Parameters...), unsigned cluster, int thread
     return count;
 }
 
-// Of a kernel that calls await_previous() before it reads what others may have just written, and before it writes. It
-// and the one ahead share multiprocessors only where both have these divided alike between L1 and shared memory.
+// Of such a kernel, where the device and this library can do it.
 template <class... Parameters, class... Args>
 void launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
                         const Args &...args) {
@@ -243,7 +245,6 @@ void launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, s
         launch_kernel(kernel, grid, threads, shared_bytes, stream, args...);
         return;
     }
-    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     launch_clusters(kernel, grid, threads, shared_bytes, stream, 1, true, args...);
 }
 
