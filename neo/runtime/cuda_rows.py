@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from neo.runtime import cuda_kernels as kernels
+from neo.runtime.cuda_linear import Product, rows_of_kernel
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import BatchInputs
@@ -141,6 +142,11 @@ class Rows:
         ones = torch.ones_like(self.cos)
         self._norm = kernels.add_rms_norm(self.hidden, self.delta, weights.input_norm, self.x, config.rms_eps)
         self._silu = kernels.silu_mul(self.gate_up, self.act)
+        few = rows_of_kernel()
+        self._to_qkv = Product(self.x, weights.qkv, self.qkv, few)
+        self._to_delta = Product(self.attended, weights.out, self.delta, few)
+        self._to_gate_up = Product(self.x, weights.gate_up, self.gate_up, few)
+        self._down = Product(self.act, weights.down, self.delta, few)
         # Any table: its address changes with every layer.
         table = torch.zeros((1, 1), dtype=torch.int32, device=model.device)
         common = (table, inputs.device_slots, inputs.device_positions)
@@ -213,7 +219,7 @@ class Rows:
         norm.weight = weights.input_norm.data_ptr()
         self._fetch(self._norm, layer, "qkv")
         self._norm()
-        _project(self.x[:n], weights.qkv, None, self.qkv[:n])
+        self._to_qkv(n, weights.qkv, None)
         args = self._qkv.args
         args.block_tables, args.table_stride = table
         args.bias = None if weights.qkv_bias is None else weights.qkv_bias.data_ptr()
@@ -250,20 +256,12 @@ class Rows:
     def post(self, layer: int, weights: LayerWeights) -> None:
         """Output projection and feed-forward network; what it adds to ``hidden`` is left in ``delta``."""
         n = self.at.rows
-        _project(self.attended[:n], weights.out, weights.out_bias, self.delta[:n])
+        self._to_delta(n, weights.out, weights.out_bias)
         norm = self._norm.args
         norm.delta, norm.weight = self.delta.data_ptr(), weights.post_norm.data_ptr()
         self._fetch(self._norm, layer, "gate_up")
         self._norm()
-        _project(self.x[:n], weights.gate_up, weights.gate_up_bias, self.gate_up[:n])
+        self._to_gate_up(n, weights.gate_up, weights.gate_up_bias)
         self._fetch(self._silu, layer, "down")
         self._silu()
-        _project(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``out = x @ weight.T (+ bias)``."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+        self._down(n, weights.down, weights.down_bias)
