@@ -152,7 +152,8 @@ def layer_variants(rows: int, tokens: int, layers: int = 4) -> list[dict[str, An
     ]
     sizes = (2, 4, 8, 16, 24)
     ways += [(f"and {n} MiB of weights", True, True, dict.fromkeys(PRODUCTS, n << 20)) for n in sizes]
-    ways += [(f"and 8 MiB of {name}", True, True, {name: 8 << 20}) for name in PRODUCTS]
+    each = [(n, name) for name in PRODUCTS for n in (4, 8, 16, 24)]
+    ways += [(f"and {n} MiB of {name}", True, True, {name: n << 20}) for n, name in each]
     ways.append(("8 MiB of weights alone", False, False, dict.fromkeys(PRODUCTS, 8 << 20)))
     found = []
     for name, overlap, early, ahead in ways:

@@ -72,7 +72,7 @@ class Case:
 
     def ours(self, rows: int, parts: int = 0, stages: int = 0) -> Callable[[], None]:
         turn = itertools.cycle(
-            [ck.linear(self.x[:rows], w, None, self.out[:rows], parts, stages) for w in self.weights]
+            [ck.project(self.x[:rows], w, None, self.out[:rows], parts, stages) for w in self.weights]
         )
         return lambda: next(turn)()
 
@@ -187,7 +187,7 @@ class Layers:
                         small.args.ahead = ctypes.pointer(ck.ahead(weight, AHEAD_BYTES))
                     found.append(small)
                 x, out = self.buffers(name, between)
-                found.append(ck.linear(x, weight, None, out) if ours else product(x, weight, out))
+                found.append(ck.project(x, weight, None, out) if ours else product(x, weight, out))
         return found
 
 

@@ -67,6 +67,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--ahead", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--policy", default="gpu-only")
+    parser.add_argument(
+        "--tuned", action=argparse.BooleanOptionalAction, default=True, help="matrix products"
+    )
     parser.add_argument("--profile", action="store_true", help="kernels of ten steps, by torch's profiler")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -88,6 +91,8 @@ def main() -> None:
     )
     engine = parts.engine(parts.system())
     executor: Any = engine.executor
+    if not args.tuned:
+        executor._tuned.layers.most_rows = executor._tuned.head.most_rows = 0
     spent: dict[str, list[float]] = defaultdict(list)
     for i in range(args.sequences):
         prompt = [(7 * i + j) % 1000 + 3 for j in range(args.tokens)]

@@ -1,51 +1,49 @@
-// What the kernels of the linear layer share with the code that launches them.
+// Plans of matrix products: what linear.cpp makes and linear_tune.cpp looks for the best in.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <vector>
 
-#include "neo_cuda.h"
+#include "cublaslt.h"
 
 namespace neo {
 
-constexpr int LINEAR_TILE = 16;    // rows of the weight in a tile (m of m16n8k16)
-constexpr int LINEAR_STEP = 64;    // columns of the weight that are taken at once: a line of 128 bytes
-constexpr int LINEAR_ROWS = 64;    // of x, at most
-constexpr int LINEAR_THREADS = 256;
-constexpr int LINEAR_WARP_TILES = 2;                      // tiles of a warp
-constexpr int LINEAR_SPAN = 8 * LINEAR_WARP_TILES;        // tiles that a block takes at once, at most
-constexpr int LINEAR_MAX_STAGES = 8;
-constexpr int LINEAR_LINE_BYTES = LINEAR_STEP * 2;
+struct Candidate {
+    lt::Algorithm algorithm;
+    size_t workspace;
+    float us; // 0: not timed
+};
 
-struct Linear {
+} // namespace neo
+
+// cuBLASLt's matrices are column-major: out^T [out][rows] = weight [out][in] x^T [in][rows]; its A is the weight, its B x.
+struct neo_cuda_linear_plan {
+    neo_cuda_linear_shape shape{};
+    const neo::lt::Library *library = nullptr;
+    neo::lt::Handle handle = nullptr;
+    neo::lt::Operation operation = nullptr;
+    neo::lt::Layout weight = nullptr, x = nullptr, out = nullptr;
+    std::vector<neo::Candidate> candidates; // cuBLASLt's first is the first
+    int chosen = 0;
+
+    neo_cuda_linear_plan() = default;
+    neo_cuda_linear_plan(const neo_cuda_linear_plan &) = delete;
+    neo_cuda_linear_plan &operator=(const neo_cuda_linear_plan &) = delete;
+    ~neo_cuda_linear_plan();
+};
+
+namespace neo {
+
+// Pointers of one product.
+struct Product {
     const void *x, *weight, *bias;
-    void *out;
-    int64_t x_stride, weight_stride, out_stride; // elements
-    int32_t rows, width;                         // of x
-    int32_t tiles, steps;                        // of the weight
-    int32_t groups, parts;                       // blocks: groups of tiles times parts of the steps
-    int32_t span, stages;                        // span: tiles that a block takes at once
+    void *out, *workspace;
 };
 
-// Bytes of shared memory: a stage of the ring, and a block's sums, which take the ring's place.
-__host__ __device__ constexpr int linear_stage_bytes(int span, int row_tile) {
-    return (span * LINEAR_TILE + row_tile) * LINEAR_LINE_BYTES;
-}
-// Floats between the rows of sums: columns of a warp's fragments then lie in different banks.
-__host__ __device__ constexpr int linear_pitch(int span) { return span * LINEAR_TILE + 4; }
-__host__ __device__ constexpr int linear_sum_bytes(int span, int row_tile) { return row_tile * linear_pitch(span) * 4; }
-
-// How a launch is made: `row_tile` 8, 16, 32 or 64 rows, `halves`: two warps share tiles, each takes half of every step.
-struct LinearLaunch {
-    int row_tile;
-    bool halves;
-    int bytes;
-    bool overlapping;
-};
-
-// One for each type, in files of their own so that they build side by side.
-cudaError_t launch_linear_f16(const Linear &args, const LinearLaunch &how, cudaStream_t stream) noexcept;
-cudaError_t launch_linear_bf16(const Linear &args, const LinearLaunch &how, cudaStream_t stream) noexcept;
-// Clusters of so many blocks that the device holds at once; 0 where it has none.
-int linear_clusters(int parts) noexcept;
+// cuBLASLt's status.
+int launch(neo_cuda_linear_plan &plan, const Candidate &candidate, const Product &product, cudaStream_t stream) noexcept;
+// Adds an algorithm unless it is there already, does not do or needs too much workspace; whether it was added.
+bool add(neo_cuda_linear_plan &plan, const lt::Algorithm &algorithm);
+// Times the candidates, and more of them as shape.search says; chooses. May throw std::bad_alloc.
+neo_cuda_status tune(const neo_cuda_linear_trial &trial);
 
 } // namespace neo

@@ -12,7 +12,7 @@ using namespace neo;
 constexpr int NORM_CHUNKS = 4;    // of 16 bytes that a thread keeps of its row
 constexpr int NORM_THREADS = 1024; // at most
 constexpr int SILU_THREADS = 256;
-constexpr int AHEAD_BLOCKS = 64;  // beside those of the rows, for what is fetched ahead
+constexpr int AHEAD_BLOCKS = 128; // beside those of the rows, for what is fetched ahead: on all multiprocessors
 
 // Sum over the block; `sums` has a place for each warp.
 __device__ float block_sum(float x, float *sums) {
@@ -26,7 +26,7 @@ __device__ float block_sum(float x, float *sums) {
 
 // What a block does that comes behind those of the rows.
 __device__ void only_fetch(const Ahead &ahead, int block, int blocks) {
-    fetch_ahead(ahead, block * blockDim.x + threadIdx.x, blocks * blockDim.x);
+    fetch_ahead(ahead, threadIdx.x * blocks + block, blocks * blockDim.x);
     await_previous();
 }
 
@@ -36,17 +36,15 @@ __global__ void __launch_bounds__(NORM_THREADS)
     add_rms_norm(T *hidden, const T *delta, const T *weight, T *out, int rows, int width, float eps, Ahead ahead) {
     using V = Vec<T>;
     __shared__ float sums[32];
+    release_next();
     if (static_cast<int>(blockIdx.x) >= rows) {
         only_fetch(ahead, blockIdx.x - rows, gridDim.x - rows);
         return;
     }
-    V weights[NORM_CHUNKS];
-#pragma unroll
-    for (int i = 0; i < NORM_CHUNKS; i++) {
-        const int chunk = i * blockDim.x + threadIdx.x;
-        if (chunk < width / V::N)
-            weights[i] = reinterpret_cast<const V *>(weight)[chunk];
-    }
+    const V *const weights = reinterpret_cast<const V *>(weight);
+    V weight_first; // of a row of usual width all; of others' rest there are no registers
+    if (static_cast<int>(threadIdx.x) < width / V::N)
+        weight_first = weights[threadIdx.x];
     await_previous();
     const int64_t first = static_cast<int64_t>(blockIdx.x) * width;
     const int chunks = width / V::N;
@@ -76,10 +74,11 @@ __global__ void __launch_bounds__(NORM_THREADS)
         const int chunk = i * blockDim.x + threadIdx.x;
         if (chunk >= chunks)
             break;
+        const V w = i == 0 ? weight_first : weights[chunk];
         V y;
 #pragma unroll
         for (int j = 0; j < V::N; j++)
-            y.at[j] = from_float<T>(to_float(kept[i].at[j]) * by * to_float(weights[i].at[j]));
+            y.at[j] = from_float<T>(to_float(kept[i].at[j]) * by * to_float(w.at[j]));
         reinterpret_cast<V *>(out + first)[chunk] = y;
     }
 }
@@ -91,6 +90,7 @@ template <> __device__ float exponential<float>(float x) { return expf(x); }
 template <class T>
 __global__ void __launch_bounds__(SILU_THREADS) silu_mul(const T *gate_up, T *out, int rows, int width, Ahead ahead) {
     using V = Vec<T>;
+    release_next();
     if (static_cast<int>(blockIdx.x) >= rows) {
         const int blocks = (gridDim.x - rows) * gridDim.y;
         only_fetch(ahead, (blockIdx.x - rows) * gridDim.y + blockIdx.y, blocks);

@@ -29,6 +29,7 @@ from neo.runtime.block_tables import BlockTables, Copies
 from neo.runtime.cuda_attention import Prefill
 from neo.runtime.cuda_graphs import Graphs, padded, valid_rows
 from neo.runtime.cuda_host import HandOver, HostAttention, Submitted
+from neo.runtime.cuda_linear import Tuned
 from neo.runtime.cuda_memory import TableMirror, device_memory, pinned_memory
 from neo.runtime.cuda_program import COPIES, ORDERED, Step, program, work_of
 from neo.runtime.cuda_rows import Layout, Rows
@@ -71,6 +72,7 @@ class CudaExecutor:
         staging: (buffers, layer-blocks of each) that streamed KV passes through, as accounted.
         slices_of: how many first steps leave slices; they are not replayed as graphs.
         timed: measure every operation of every step, at the price of longer steps.
+        tuned: matrix products of this model whose kernels another executor has timed already.
 
     Raises:
         InputError: KV memory of this size cannot be had; the message has the numbers.
@@ -84,6 +86,7 @@ class CudaExecutor:
         staging: tuple[int, int] = (0, 0),
         slices_of: int = 0,
         timed: bool = False,
+        tuned: Tuned | None = None,
     ) -> None:
         self.model, self.tables, self.options = model, tables, options
         self.slices_of = slices_of
@@ -98,11 +101,12 @@ class CudaExecutor:
             self.gpu = device_memory(tables.gpu.total + staging[0] * staging[1], *shape, device)
             self.cpu, self._unpin = pinned_memory(tables.cpu.total, *shape)
             most = min(options.max_decodes, options.max_rows)
-            self._rows = [Rows(model, self.gpu, options.max_rows, most)]
+            self._tuned = tuned or Tuned(model.weights)
+            self._rows = [Rows(model, self.gpu, options.max_rows, most, self._tuned.layers)]
             self._host: HostAttention | None = None
             self._over: list[HandOver] = []
             if tables.cpu.total:
-                self._rows.append(Rows(model, self.gpu, most, 0))
+                self._rows.append(Rows(model, self.gpu, most, 0, self._tuned.layers))
                 self._host = HostAttention(
                     self.cpu, tables.cpu, options.cpu_threads, options.cpu_cores, config.layers
                 )
@@ -255,6 +259,8 @@ class CudaExecutor:
     def _replay(self, graph: StepGraph, inputs: StepInputs) -> None:
         """Run a step of decodes alone as a CUDA graph, captured the first time."""
         layouts = padded(inputs.batches, [r.capacity for r in self._rows[: len(inputs.batches)]])
+        rows = [at.rows for at in layouts]
+        self._tune(rows, sum(rows))
         self._fill(inputs, layouts)
         self._special, self._timeline, self._layouts = None, None, layouts
         self._prefill.begin(inputs.batches[0], None)
@@ -262,6 +268,12 @@ class CudaExecutor:
         key = (graph.template, *((at.gpu_rows, at.cpu_rows) for at in layouts))
         run = self._graphs.replay(key, self._mirror.generation, lambda: self._captured(graph.template))
         self._choose(valid_rows(run(), inputs, layouts))
+
+    def _tune(self, rows: Sequence[int], sampled: int) -> None:
+        """Find kernels for products of so many rows, the first time there are."""
+        for count in rows:
+            self._tuned.layers.prepare(count)
+        self._tuned.head.prepare(sampled)
 
     def _captured(self, template: Template) -> Tensor:
         """Launch a whole step while its stream is being captured; logits of all rows, nobody's too."""
@@ -278,6 +290,7 @@ class CudaExecutor:
         self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Copies, timed: bool
     ) -> None:
         """Launch every operation in program order."""
+        self._tune([len(b.tokens) for b in inputs.batches], len(inputs.sampled))
         self._timeline = Timeline(self._main, self.timed) if timed else None
         self._prepare(plan, inputs, copies, program(graph.template)[0])
         self._launch(graph.template)
@@ -474,7 +487,7 @@ class CudaExecutor:
                 hidden.append(rows.hidden.index_select(0, index))
                 delta.append(rows.delta.index_select(0, index))
         both = [torch.cat(h) if len(h) > 1 else h[0] for h in (hidden, delta)]
-        self._choose(self.model.logits(both[0].add_(both[1])))
+        self._choose(self.model.logits(both[0].add_(both[1]), self._tuned.head.linear))
 
     def _choose(self, logits: Tensor) -> None:
         """Tokens of the step's sampled rows; those chosen on the device are noted for the step behind it."""
@@ -488,7 +501,7 @@ class CudaExecutor:
             rows.hidden[: at.rows] + rows.delta[: at.rows]
             for rows, at in zip(self._rows, self._layouts, strict=False)
         ]
-        return self.model.logits(torch.cat(ends) if len(ends) > 1 else ends[0])
+        return self.model.logits(torch.cat(ends) if len(ends) > 1 else ends[0], self._tuned.head.linear)
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

@@ -165,7 +165,7 @@ def decode(
     )
 
 
-def linear(
+def project(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -191,7 +191,7 @@ def linear(
         raise ValueError(
             f"bias is {tuple(bias.shape)} {bias.dtype}, must be contiguous ({columns},) {x.dtype}"
         )
-    args = c.Linear(
+    args = c.Project(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         bias=_pointer(bias),
@@ -206,7 +206,7 @@ def linear(
         parts=parts,
         stages=stages,
     )
-    return Launch("neo_cuda_linear", args, (x, weight, bias, out))
+    return Launch("neo_cuda_project_rows", args, (x, weight, bias, out))
 
 
 def ahead(weight: Tensor, limit: int) -> c.Ahead:
@@ -261,6 +261,30 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> Launch:
         gate_up=gate_up.data_ptr(), out=out.data_ptr(), rows=rows, width=width, dtype=CODE[out.dtype]
     )
     return Launch("neo_cuda_silu_mul", args, (gate_up, out))
+
+
+def rope_angles(positions: Tensor, frequencies: Tensor, scale: float, cos: Tensor, sin: Tensor) -> Launch:
+    """Scaled cosines and sines [rows, dim], contiguous, of int32 positions [rows] times float32 [dim]."""
+    rows, dim = cos.shape
+    if frequencies.shape != (dim,) or frequencies.dtype != torch.float32 or not frequencies.is_contiguous():
+        raise ValueError(
+            f"frequencies are {tuple(frequencies.shape)} {frequencies.dtype}, must be float32 ({dim},)"
+        )
+    if sin.shape != cos.shape or sin.dtype != cos.dtype or not (cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError(
+            f"cos is {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}: must agree"
+        )
+    args = c.Angles(
+        positions=_ints(positions, "positions", rows),
+        frequencies=frequencies.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        rows=rows,
+        head_dim=dim,
+        dtype=CODE[cos.dtype],
+        scale=scale,
+    )
+    return Launch("neo_cuda_rope_angles", args, (positions, frequencies, cos, sin))
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,8 +98,8 @@ class Decode(Sized):
     )
 
 
-class Linear(Sized):
-    """``neo_cuda_linear_args``."""
+class Project(Sized):
+    """``neo_cuda_project``."""
 
     _fields_ = (
         ("size", c_size_t),
@@ -147,6 +147,22 @@ class Silu(Sized):
         ("width", c_int32),
         ("dtype", c_int32),
         ("ahead", POINTER(Ahead)),
+    )
+
+
+class Angles(Sized):
+    """``neo_cuda_angles``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("positions", c_void_p),
+        ("frequencies", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("rows", c_int32),
+        ("head_dim", c_int32),
+        ("dtype", c_int32),
+        ("scale", c_float),
     )
 
 
@@ -247,13 +263,83 @@ class Await(Sized):
     )
 
 
+class LinearShape(Sized):
+    """``neo_cuda_linear_shape``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("like", c_void_p),
+        ("x_stride", c_int64),
+        ("weight_stride", c_int64),
+        ("out_stride", c_int64),
+        ("workspace_bytes", c_size_t),
+        ("rows", c_int32),
+        ("in_", c_int32),
+        ("out", c_int32),
+        ("dtype", c_int32),
+        ("bias", c_int32),
+        ("search", c_int32),
+    )
+
+
+class LinearTrial(Sized):
+    """``neo_cuda_linear_trial``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("plan", c_void_p),
+        ("x", c_void_p),
+        ("weights", POINTER(c_void_p)),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("workspace", c_void_p),
+        ("weight_count", c_int32),
+        ("launches", c_int32),
+    )
+
+
+class LinearChoice(Sized):
+    """``neo_cuda_linear_choice``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("workspace_bytes", c_size_t),
+        ("candidates", c_int32),
+        ("chosen", c_int32),
+        ("algorithm", c_int32),
+        ("tile", c_int32),
+        ("stages", c_int32),
+        ("splits", c_int32),
+        ("cluster", c_int32),
+        ("us", c_float),
+        ("first_us", c_float),
+    )
+
+
+class Linear(Sized):
+    """``neo_cuda_linear_args``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("plan", c_void_p),
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_size_t),
+    )
+
+
 LAUNCHES: dict[str, type[Sized]] = {
     "neo_cuda_decode_plan": Decode,
     "neo_cuda_decode_attention": Decode,
-    "neo_cuda_linear": Linear,
+    "neo_cuda_project_rows": Project,
     "neo_cuda_add_rms_norm": Norm,
     "neo_cuda_silu_mul": Silu,
+    "neo_cuda_rope_angles": Angles,
     "neo_cuda_qkv_rope_append": Qkv,
+    "neo_cuda_linear": Linear,
     "neo_cuda_copy_blocks": Copy,
     "neo_cuda_copy_runs": Copy,
     "neo_cuda_post_rows": Post,
@@ -286,6 +372,10 @@ def _declare(library: ctypes.CDLL) -> None:
         "neo_cuda_describe": (c_int32, [POINTER(DeviceInfo)]),
         "neo_cuda_overlap": (c_int32, [c_int32]),
         "neo_cuda_decode_workspace": (c_int32, [POINTER(Decode), POINTER(c_size_t)]),
+        "neo_cuda_linear_create": (c_int32, [POINTER(LinearShape), POINTER(c_void_p)]),
+        "neo_cuda_linear_destroy": (None, [c_void_p]),
+        "neo_cuda_linear_tune": (c_int32, [POINTER(LinearTrial)]),
+        "neo_cuda_linear_describe": (c_int32, [c_void_p, POINTER(LinearChoice)]),
     }
     signatures |= {name: (c_int32, [POINTER(struct), c_void_p]) for name, struct in LAUNCHES.items()}
     for name, (result, arguments) in signatures.items():

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neo.core.errors import InputError
 from neo.runtime import cuda_kernels as kernels
-from neo.runtime.cuda_linear import Product, rows_of_kernel
+from neo.runtime import cuda_library as library
+from neo.runtime.cuda_linear import Products
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import BatchInputs
@@ -24,8 +26,8 @@ from neo.runtime.weights import LayerWeights
 
 _FEW = 256
 """Rows up to which a product waits for its weights, so that fetching them ahead is worth it."""
-_AHEAD_BYTES = 8 << 20
-"""Of weights, fetched to the L2 cache while the kernel ahead of their product does not read much."""
+_AHEAD_SHARE = 6
+"""A sixth of the L2 cache is for weights fetched while the kernel ahead of their product reads little."""
 _PRODUCTS = ("qkv", "out", "gate_up", "down")
 _NO_SLOT = -1  # of rows whose KV does not go into the GPU's cache with PRE
 
@@ -110,11 +112,13 @@ class Rows:
         memory: the GPU's KV memory.
         rows: of a step at most.
         decodes: GPU decodes of a step at most (0: this sub-batch never has any).
+        product: of the layers' matrices.
     """
 
-    def __init__(self, model: Model, memory: KVMemory, rows: int, decodes: int) -> None:
+    def __init__(self, model: Model, memory: KVMemory, rows: int, decodes: int, product: Products) -> None:
         config, dtype, device = model.config, model.dtype, model.device
         self.model = model
+        self._product = product
         self.capacity = rows
         self.inputs = Inputs(rows, max(1, decodes), device)
 
@@ -142,14 +146,13 @@ class Rows:
         ones = torch.ones_like(self.cos)
         self._norm = kernels.add_rms_norm(self.hidden, self.delta, weights.input_norm, self.x, config.rms_eps)
         self._silu = kernels.silu_mul(self.gate_up, self.act)
-        few = rows_of_kernel()
-        self._to_qkv = Product(self.x, weights.qkv, self.qkv, few)
-        self._to_delta = Product(self.attended, weights.out, self.delta, few)
-        self._to_gate_up = Product(self.x, weights.gate_up, self.gate_up, few)
-        self._down = Product(self.act, weights.down, self.delta, few)
         # Any table: its address changes with every layer.
         table = torch.zeros((1, 1), dtype=torch.int32, device=model.device)
         common = (table, inputs.device_slots, inputs.device_positions)
+        rotary = model.rotary
+        self._angles = kernels.rope_angles(
+            inputs.device_positions, rotary.signed, rotary.scale, self.cos, self.sin
+        )
         heads = (self.q, self.k, self.v)
         norms = weights.qk_norm
         extra = kernels.QkvWeights(
@@ -164,7 +167,7 @@ class Rows:
         self._late = kernels.qkv_rope_append(
             self.cache, self.qkv, kernels.QkvWeights(), ones, torch.zeros_like(ones), *heads, *common
         )
-        limit = int(os.environ.get("NEO_CUDA_AHEAD_BYTES", _AHEAD_BYTES))
+        limit = _ahead_bytes()
         self._ahead = [
             {name: ctypes.pointer(kernels.ahead(getattr(layer, name), limit)) for name in _PRODUCTS}
             for layer in model.weights.layers
@@ -196,8 +199,8 @@ class Rows:
         given = inputs.device_tokens[:n]
         tokens = torch.where(given < 0, latest.index_select(0, (-1 - given).clamp_min_(0)), given)
         torch.index_select(self.model.weights.embedding, 0, tokens, out=self.hidden[:n])
-        cos, sin = self.model.rope(inputs.device_positions[:n])
-        self.cos[:n], self.sin[:n] = cos.flatten(1), sin.flatten(1)
+        self._angles.args.rows = n
+        self._angles()
         self._norm.args.rows = self._silu.args.rows = self._qkv.args.rows = n
         if self.attention is not None and at.gpu_rows:
             args, by = self.attention.attend.args, self.qkv.element_size()
@@ -219,7 +222,7 @@ class Rows:
         norm.weight = weights.input_norm.data_ptr()
         self._fetch(self._norm, layer, "qkv")
         self._norm()
-        self._to_qkv(n, weights.qkv, None)
+        self._product(self.x[:n], weights.qkv, None, self.qkv[:n])
         args = self._qkv.args
         args.block_tables, args.table_stride = table
         args.bias = None if weights.qkv_bias is None else weights.qkv_bias.data_ptr()
@@ -256,12 +259,22 @@ class Rows:
     def post(self, layer: int, weights: LayerWeights) -> None:
         """Output projection and feed-forward network; what it adds to ``hidden`` is left in ``delta``."""
         n = self.at.rows
-        self._to_delta(n, weights.out, weights.out_bias)
+        self._product(self.attended[:n], weights.out, weights.out_bias, self.delta[:n])
         norm = self._norm.args
         norm.delta, norm.weight = self.delta.data_ptr(), weights.post_norm.data_ptr()
         self._fetch(self._norm, layer, "gate_up")
         self._norm()
-        self._to_gate_up(n, weights.gate_up, weights.gate_up_bias)
+        self._product(self.x[:n], weights.gate_up, weights.gate_up_bias, self.gate_up[:n])
         self._fetch(self._silu, layer, "down")
         self._silu()
-        self._down(n, weights.down, weights.down_bias)
+        self._product(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
+
+
+def _ahead_bytes() -> int:
+    """How much to fetch of a product's weights: what the environment says, else a share of the L2 cache."""
+    said = os.environ.get("NEO_CUDA_AHEAD_BYTES")
+    if said is None:
+        return int(library.describe().l2_bytes) // _AHEAD_SHARE
+    if not said.isdecimal():
+        raise InputError(f"NEO_CUDA_AHEAD_BYTES: must be a number of bytes, is '{said}'")
+    return int(said)

@@ -140,7 +140,9 @@ class Profiler:
                 "give more --kv-gpu-blocks"
             )
         self.on_cpu = self.room[Tier.CPU] > 0
-        self.grid = Grid.for_budget(self.limits, self.room[Tier.GPU], self.room[Tier.CPU], quick)
+        self.grid = Grid.for_budget(
+            self.limits, self.room[Tier.GPU], self.room[Tier.CPU], quick, parts.max_model_len
+        )
         self.rounds = _QUICK_ROUNDS if quick else _ROUNDS
         self.samples = _Samples()
 

@@ -92,6 +92,19 @@ def silu(**fields: Any) -> c.Silu:
     return c.Silu(**{"gate_up": HERE, "out": HERE, "rows": 2, "width": 64, "dtype": 1} | fields)
 
 
+def angles(**fields: Any) -> c.Angles:
+    good = {
+        "positions": HERE,
+        "frequencies": HERE,
+        "cos": HERE,
+        "sin": HERE,
+        "rows": 2,
+        "head_dim": 64,
+        "scale": 1.0,
+    }
+    return c.Angles(**good | fields)
+
+
 def qkv(of: c.Cache | None = None, **fields: Any) -> c.Qkv:
     good: dict[str, Any] = {
         "cache": ctypes.pointer(of or cache()), "qkv": HERE, "qkv_stride": 512, "cos": HERE, "sin": HERE,
@@ -169,6 +182,10 @@ REFUSED: list[tuple[str, Sized, str]] = [
     ("add_rms_norm", norm(ahead=ahead(data=0)), "ahead: data must be aligned to 16 bytes, not NULL"),
     ("silu_mul", silu(ahead=ahead(bytes=24)), "ahead: bytes is 24"),
     ("silu_mul", silu(ahead=ahead(stride=112)), "ahead: stride is 112, must be .* at least 128"),
+    ("rope_angles", angles(head_dim=65), "head_dim is 65"),
+    ("rope_angles", angles(rows=1 << 30), "too many"),
+    ("rope_angles", angles(positions=0), "positions and frequencies"),
+    ("rope_angles", angles(sin=0), "cos and sin"),
     ("qkv_rope_append", qkv(cache(kv_heads=3)), "q_heads is 4"),
     ("qkv_rope_append", qkv(qkv_stride=511), "at least 512"),
     ("qkv_rope_append", qkv(q_stride=255), "at least 256"),

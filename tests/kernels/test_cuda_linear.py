@@ -1,169 +1,287 @@
-"""The CUDA linear layer of few rows against float64."""
+"""Tuned matrix products: which plan serves how many rows, what is refused; on a GPU, against float64."""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import pytest
 import torch
-from cuda_cases import EPSILON, Device, device
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from cuda_cases import EPSILON, emulated_path, why_no_gpu
 from torch import Tensor
 
-from neo.runtime import cuda_kernels as ck
+from neo.runtime import cuda_library as c
+from neo.runtime import cuda_linear
+from neo.runtime.cuda_linear import ROW_SIZES, Choice, Plan, Products, Size, padded_rows
 
-__all__ = ["device"]
-
-TYPES = [torch.float16, torch.bfloat16]
-
-
-def apart(device: Device, tensor: Tensor, spare: int) -> Tensor:
-    """The same rows on the device, so many elements further apart; NaN between them.
-
-    Rows that share a sector of 64 bytes are brought in with bank conflicts, at which the emulator stops.
-    """
-    pitch = tensor.shape[1] + spare
-    if device.name == "cpu":
-        pitch = -(-pitch // 32) * 32
-    wide = torch.full((len(tensor), pitch), float("nan"), dtype=tensor.dtype)
-    wide[:, : tensor.shape[1]] = tensor
-    return device(wide)[:, : tensor.shape[1]]
+BF16 = torch.bfloat16
 
 
-def check(
-    device: Device,
-    rows: int,
-    columns: int,
-    width: int,
-    dtype: torch.dtype = torch.bfloat16,
-    bias: bool = False,
-    spare: int = 0,
-    parts: int = 0,
-    stages: int = 0,
-) -> Tensor:
-    """One product; NaN stand where nothing may be read and must still stand where nothing may be written."""
-    generator = torch.Generator().manual_seed(rows * 7919 + columns + width)
-    x, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (rows, columns))
-    add = torch.randn(columns, generator=generator).to(dtype) if bias else None
-    out = device(torch.full((rows + 2, columns + 8 + spare), float("nan"), dtype=dtype))
-    on_x, on_weight = (apart(device, t, spare) for t in (x, weight))
-    launch = ck.linear(
-        on_x,
-        on_weight,
-        None if add is None else device(add),
-        out[1 : rows + 1, :columns],
-        parts=parts,
-        stages=stages,
-    )
-    launch(device.stream)
-    device.wait()
-    got = out.cpu()
-    expected = x.double() @ weight.double().T
-    bound = (x.double().abs() @ weight.double().abs().T) * width**0.5 * 4 * EPSILON[torch.float32]
-    if add is not None:
-        expected = expected + add.double()
-    inside = got[1 : rows + 1, :columns].clone()
-    error = (inside.double() - expected).abs()
-    least = 2.0**-24 if dtype is torch.float16 else 0.0
-    assert (error <= expected.abs() * EPSILON[dtype] * 1.01 + bound + least).all(), float(error.max())
-    got[1 : rows + 1, :columns] = float("nan")
-    assert got.isnan().all()
-    return inside
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 17, 31, 33, 64])
-def test_rows(device: Device, rows: int, dtype: torch.dtype) -> None:
-    check(device, rows, 80, 256, dtype, bias=rows % 2 == 1)
+# -- sizes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4, 8])
-@pytest.mark.parametrize("columns", [16, 208, 560])
-def test_parts_of_the_width(device: Device, parts: int, columns: int) -> None:
-    check(device, 20, columns, 600, parts=parts, bias=True)
+def test_rows_are_padded_to_the_next_size() -> None:
+    for count in range(4097):
+        padded = padded_rows(count)
+        assert padded == min((n for n in ROW_SIZES if n >= count), default=count)
 
 
-@pytest.mark.parametrize("stages", [2, 3, 8])
-def test_depths_of_the_ring(device: Device, stages: int) -> None:
-    check(device, 3, 592, 456, stages=stages, parts=1)
+class FakePlan:
+    """Notes what it is asked for; multiplies on the CPU."""
+
+    made: ClassVar[list[FakePlan]] = []
+    refuses: frozenset[int] = frozenset()
+    none_here = False
+
+    def __init__(self, size: Size, workspace: Tensor, like: FakePlan | None = None) -> None:
+        if self.none_here or (like is not None and size.rows in self.refuses):
+            raise c.CudaKernelError("no cuBLASLt")
+        self.size, self.like, self.calls, self.weights = size, like, 0, 0
+        self.made.append(self)
+
+    def tune(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, out: Tensor) -> Choice:
+        assert x.shape == (self.size.rows, self.size.in_)
+        assert out.shape == (self.size.rows, self.size.out)
+        assert (bias is not None) == self.size.bias
+        self.weights = len(weights)
+        return Choice(3, 1, 66, 0, 0, 1, 0, 0, 1e-6, 2e-6)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        self.calls += 1
+        cuda_linear.torch_product(x, weight, bias, out)
 
 
-def test_tiles_in_several_rounds(device: Device) -> None:
-    """More tiles than a block takes at once: 33 tiles and more for each of the emulated multiprocessors."""
-    check(device, 40, 1072, 136, bias=True, parts=1)
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakePlan]:
+    class Fresh(FakePlan):
+        made: ClassVar[list[FakePlan]] = []
+
+    monkeypatch.setattr(cuda_linear, "Plan", Fresh)
+    monkeypatch.setattr(cuda_linear, "tunable", lambda weight: weight.dtype is not torch.float32)
+    return Fresh
 
 
-@pytest.mark.parametrize("spare", [0, 8, 24])
-@pytest.mark.parametrize("width", [8, 16, 64, 72, 192])
-def test_odd_widths_and_rows_that_lie_apart(device: Device, width: int, spare: int) -> None:
-    check(device, 5, 48, width, torch.float16, bias=True, spare=spare)
+def layers(out: int, width: int, bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+    return [
+        (normal(out, width, dtype=dtype, seed=i), normal(out, dtype=dtype, seed=i) if bias else None)
+        for i in range(3)
+    ]
 
 
-def test_the_same_bits_again(device: Device) -> None:
-    first, again = (check(device, 13, 64, 1024, parts=4) for _ in range(2))
-    assert torch.equal(first, again)
+def multiply(products: Products, rows: int, family: list[Any]) -> None:
+    weight, bias = family[-1]
+    x = normal(rows, weight.shape[1], dtype=weight.dtype)
+    out = torch.full((rows, len(weight)), float("nan"), dtype=weight.dtype)
+    products(x, weight, bias, out)
+    exact = x.double() @ weight.double().t()
+    if bias is not None:
+        exact += bias.double()
+    assert ((out.double() - exact).abs() <= EPSILON[weight.dtype] * exact.abs() + 1e-3).all()
 
 
-def test_a_row_does_not_depend_on_others(device: Device) -> None:
-    """Rows of one kernel, of whatever batch, have the same bits: nothing of other rows comes in."""
-    generator = torch.Generator().manual_seed(5)
-    x, weight = (torch.randn(n, 320, generator=generator).bfloat16() for n in (16, 96))
-    outs = []
-    for rows in (16, 11):
-        out = device(torch.zeros(rows, 96, dtype=torch.bfloat16))
-        ck.linear(device(x[:rows].contiguous()), device(weight), None, out)(device.stream)
-        device.wait()
-        outs.append(out.cpu())
-    assert torch.equal(outs[0][:11], outs[1])
+def test_a_size_is_tuned_once_for_each_shape_with_all_its_layers(fake: type[FakePlan]) -> None:
+    families = [layers(24, 16), layers(16, 24, bias=True), layers(24, 16)]
+    products = Products(families)
+    products.prepare(7)
+    products.prepare(8)
+    tuned = [plan for plan in fake.made if plan.like is None]
+    assert [plan.size for plan in tuned] == [Size(8, 24, 16, BF16, False), Size(8, 16, 24, BF16, True)]
+    assert all(plan.weights == 3 for plan in tuned)
+    assert set(products.choices) == {plan.size for plan in tuned}
+    # What a capture will need is there already.
+    assert {plan.size.rows for plan in fake.made if plan.like is not None} == {7}
 
 
-@settings(
-    max_examples=12,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    derandomize=True,
-)
-@given(
-    rows=st.integers(1, 64),
-    tiles=st.integers(1, 40),
-    eighths=st.integers(1, 60),
-    dtype=st.sampled_from(TYPES),
-    bias=st.booleans(),
-    spare=st.sampled_from([0, 8, 40]),
-)
-def test_any_shape(
-    device: Device, rows: int, tiles: int, eighths: int, dtype: torch.dtype, bias: bool, spare: int
-) -> None:
-    check(device, rows, tiles * 16, eighths * 8, dtype, bias, spare)
+def test_rows_between_sizes_take_the_larger_ones_kernel(fake: type[FakePlan]) -> None:
+    family = layers(24, 16)
+    products = Products([family])
+    products.prepare(16)
+    for rows in (16, 13, 13, 16):
+        multiply(products, rows, family)
+    tuned, between = fake.made
+    assert (tuned.size.rows, tuned.calls) == (16, 2)
+    assert (between.size.rows, between.calls, between.like) == (13, 2, tuned)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"rows": 65}, "rows is 65, must be 0 to 64"),
-        ({"columns": 24}, "columns is 24, must be a positive multiple of 16"),
-        ({"width": 20}, "width is 20, must be a positive multiple of 8"),
-        ({"dtype": 0}, "dtype is 0, must be 1"),
-        ({"parts": 3}, "parts is 3, must be 0, 1, 2, 4 or 8"),
-        ({"stages": 1}, "stages is 1, must be 0 or 2 to 8"),
-        ({"x": None}, "must not be NULL"),
-        ({"weight": 8}, "aligned to 16 bytes"),
-        ({"x_stride": 68}, "x_stride is 68, must be a multiple of 8"),
-        ({"weight_stride": 32}, "weight_stride is 32, must be a multiple of 8, at least width"),
-        ({"out_stride": 30}, "out_stride is 30, must be a multiple of 4, at least columns"),
-    ],
-)
-def test_refusals(device: Device, change: dict[str, int | None], words: str) -> None:
-    x, weight, out = (device(torch.zeros(n, m).half()) for n, m in ((4, 64), (32, 64), (4, 32)))
-    launch = ck.linear(x, weight, None, out)
-    for name, value in change.items():
-        setattr(launch.args, name, value)
-    with pytest.raises(ValueError, match=words):
-        launch(device.stream)
+def test_torch_multiplies_what_has_no_plan(fake: type[FakePlan]) -> None:
+    family, exact, other = layers(24, 16), layers(24, 16, dtype=torch.float32), layers(32, 16)
+    products = Products([family, exact], most_rows=16)
+    fake.refuses = frozenset({11})
+    products.prepare(12)
+    products.prepare(24)  # too many
+    assert [plan.size.rows for plan in fake.made] == [12]
+    for rows, of in ((24, family), (17, family), (3, family), (11, family), (12, exact), (12, other)):
+        multiply(products, rows, of)
+    assert not fake.made[0].calls
+    x = normal(16, 12).t()  # not contiguous
+    products(x, family[0][0], None, torch.empty(12, 24, dtype=torch.bfloat16))
+    assert not fake.made[0].calls
 
 
-def test_shapes_that_do_not_agree(device: Device) -> None:
-    x, weight, out = (torch.zeros(n, m).half() for n, m in ((4, 64), (32, 64), (4, 32)))
-    with pytest.raises(ValueError, match="must agree"):
-        ck.linear(x, weight[:, :48], None, out)
-    with pytest.raises(ValueError, match="bias is"):
-        ck.linear(x, weight, torch.zeros(31).half(), out)
+def test_rows_tuned_later_are_taken_then(fake: type[FakePlan]) -> None:
+    family = layers(24, 16)
+    products = Products([family])
+    multiply(products, 5, family)
+    products.prepare(5)
+    multiply(products, 5, family)
+    assert [plan.size.rows for plan in fake.made] == [8, 5]
+    assert fake.made[1].calls == 1
+
+
+def test_without_cublaslt_everything_is_torchs(fake: type[FakePlan]) -> None:
+    family = layers(24, 16)
+    products = Products([family])
+    fake.none_here = True
+    products.prepare(8)
+    products.prepare(4)
+    assert products.why_not == "no cuBLASLt"
+    for rows in (8, 4, 3):
+        multiply(products, rows, family)
+
+
+def test_weights_on_the_cpu_and_fp32_are_not_tuned() -> None:
+    family = layers(24, 16, bias=True)
+    products = Products([family, layers(8, 8, dtype=torch.float32)])
+    products.prepare(8)
+    assert not products.choices
+    multiply(products, 8, family)
+
+
+# -- the library ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["real", "emulated"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """Either; arguments are refused before a device is looked for."""
+    if request.param == "emulated":
+        if not emulated_path().is_file():
+            pytest.skip("the emulated CUDA kernels are not built here (make kernels)")
+        monkeypatch.setenv(c.LIBRARY_VARIABLE, str(emulated_path()))
+    try:
+        return c.load()
+    except c.CudaKernelsMissingError as error:
+        pytest.skip(str(error))
+
+
+def shape(**fields: Any) -> c.LinearShape:
+    good: dict[str, Any] = {
+        "x_stride": 64, "weight_stride": 64, "out_stride": 128, "rows": 2, "in_": 64, "out": 128, "dtype": 2,
+    }  # fmt: skip
+    return c.LinearShape(**good | fields)
+
+
+REFUSED = [
+    ({"size": 3}, "shape has size 3"),
+    ({"dtype": 0}, "dtype is 0, must be 1"),
+    ({"dtype": 3}, "dtype is 3"),
+    ({"rows": 0}, "rows is 0"),
+    ({"in_": 60}, "in is 60"),
+    ({"out": 0}, "out is 0"),
+    ({"search": 3}, "search is 3"),
+    ({"x_stride": 56}, "x_stride is 56, must be a multiple of 8, at least 64"),
+    ({"weight_stride": 65}, "weight_stride is 65"),
+    ({"out_stride": 64}, "out_stride is 64, must be a multiple of 8, at least 128"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), REFUSED)
+def test_bad_shapes_are_refused(library: ctypes.CDLL, fields: dict[str, Any], said: str) -> None:
+    plan = ctypes.c_void_p(1)
+    with pytest.raises(ValueError, match=said):
+        c.check(library.neo_cuda_linear_create(shape(**fields), plan))
+    assert plan.value is None
+
+
+def test_null_plans_are_refused(library: ctypes.CDLL) -> None:
+    for call in (
+        lambda: library.neo_cuda_linear_create(shape(), None),
+        lambda: library.neo_cuda_linear_tune(c.LinearTrial()),
+        lambda: library.neo_cuda_linear_describe(None, c.LinearChoice()),
+        lambda: library.neo_cuda_linear(c.Linear(), None),
+    ):
+        with pytest.raises(ValueError, match="plan must not be NULL"):
+            c.check(call())
+    library.neo_cuda_linear_destroy(None)
+
+
+def test_no_plan_without_a_device(library: ctypes.CDLL) -> None:
+    if not why_no_gpu() and "emulated" not in str(c.library_path()):
+        pytest.skip("there is a GPU")
+    plan = ctypes.c_void_p(1)
+    with pytest.raises(c.CudaKernelError):
+        c.check(library.neo_cuda_linear_create(shape(), plan))
+    assert plan.value is None
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(bool(why_no_gpu()), reason=why_no_gpu() or "-")
+SIZES = [(1, 64, 64), (2, 4096, 4096), (7, 1024, 512), (16, 6144, 4096), (33, 256, 14336), (64, 4096, 1000)]
+SIZES += [(64, 28672, 4096), (100, 512, 11008), (256, 4096, 4096)]
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "out", "width"), SIZES)
+def test_against_float64(rows: int, out: int, width: int, bias: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(rows)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device="cuda", dtype=dtype)
+
+    family = [(random(out, width), random(out) if bias else None) for _ in range(2)]
+    products = Products([family])
+    products.prepare(rows)
+    assert not products.why_not
+    (choice,) = products.choices.values()
+    assert choice.candidates >= 1
+    assert 0 < choice.seconds <= choice.first_seconds
+    x, (weight, added) = random(rows, width), family[1]
+    behind = torch.full((rows + 1, out), float("nan"), dtype=dtype, device="cuda")
+    got, again = behind[:rows], torch.empty(rows, out, dtype=dtype, device="cuda")
+    products(x, weight, added, got)
+    products(x, weight, added, again)
+    torch.cuda.synchronize()
+    assert torch.equal(got, again)
+    assert behind[rows:].isnan().all()
+    exact = x.double() @ weight.double().t()
+    size = x.double().abs() @ weight.double().abs().t()
+    if added is not None:
+        exact, size = exact + added.double(), size + added.double().abs()
+    # One rounding to the type; sums in fp32 of terms this large, in whatever order.
+    bound = 1.01 * EPSILON[dtype] * exact.abs() + 16 * EPSILON[torch.float32] * size + 2.0**-24
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+@needs_gpu
+def test_it_can_be_captured() -> None:
+    family = [(normal(512, 256, seed=i).cuda(), normal(512, seed=i).cuda()) for i in range(2)]
+    products = Products([family])
+    products.prepare(12)
+    x, out = torch.zeros(11, 256, dtype=torch.bfloat16, device="cuda"), torch.zeros(11, 512).bfloat16().cuda()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        products(x, *family[0], out)
+    x.normal_()
+    graph.replay()
+    eager = torch.empty_like(out)
+    products(x, *family[0], eager)
+    torch.cuda.synchronize()
+    assert torch.equal(out, eager)
+
+
+@needs_gpu
+def test_plans_of_other_sizes_are_refused() -> None:
+    workspace = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+    plan = Plan(Size(8, 64, 64, torch.float16, False), workspace)
+    with pytest.raises(ValueError, match="like: its plan is of 64 x 64"):
+        Plan(Size(4, 128, 64, torch.float16, False), workspace, like=plan)
+    x = torch.zeros(8, 64, dtype=torch.float16, device="cuda")
+    with pytest.raises(ValueError, match="bias must be NULL"):
+        plan(x, x, x, x)

@@ -7,6 +7,8 @@ import torch
 from cuda_cases import EPSILON, Device, Paged, device, paged
 
 from neo.runtime import cuda_kernels as ck
+from neo.runtime.model_config import RopeConfig
+from neo.runtime.rope import RotaryEmbedding
 
 __all__ = ["device"]
 
@@ -69,6 +71,31 @@ def reference(x: torch.Tensor, weights: ck.QkvWeights, heads: int, kv_heads: int
             part = part / (part.square().mean(-1, keepdim=True) + weights.eps).sqrt() * norm.double()
         turned.append(part * cos.double()[:, None] + part.roll(dim // 2, -1) * sin.double()[:, None])
     return turned[0], turned[1], v
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("kind", "dim"), [("default", 128), ("yarn", 80)])
+def test_rope_angles(device: Device, dtype: torch.dtype, kind: str, dim: int) -> None:
+    """As the model computes them; positions far from 0, too."""
+    rotary = RotaryEmbedding(
+        RopeConfig(
+            kind=kind,
+            factor=4.0,
+            original_max_positions=4096,
+            attention_factor=1.1386 if kind == "yarn" else 1.0,
+        ),
+        dim,
+        dtype,
+        torch.device("cpu"),
+    )
+    positions = torch.tensor([0, 1, 17, 4095, 131071, 10**6], dtype=torch.int32)
+    cos, sin = (device(torch.full((len(positions), dim), float("nan"), dtype=dtype)) for _ in range(2))
+    ck.rope_angles(device(positions), device(rotary.signed), rotary.scale, cos, sin)(device.stream)
+    device.wait()
+    for got, of in ((cos, torch.cos), (sin, torch.sin)):
+        angle = positions.float()[:, None] * rotary.signed  # rounded to fp32, as in training
+        expected = of(angle.double()) * rotary.scale
+        assert ((got.cpu().double() - expected).abs() <= EPSILON[dtype] * expected.abs() + 2.0**-22).all()
 
 
 HEADS = (4, 2)

@@ -204,6 +204,9 @@ def test_grids_ascend_to_what_budgets_allow(gpu: int, cpu: int, quick: bool) -> 
     assert grid.tokens[-1] <= 512
     assert all(grid.tokens[-1] < n <= min(512, 2 * gpu + 32) for n in grid.beyond)
     assert set(Grid.for_budget(Limits(16, 32, 512), gpu, cpu, True).starts) <= set(grid.starts)
+    short = Grid.for_budget(Limits(16, 32, 512), gpu, cpu, quick, longest=100)
+    assert max((*short.starts, *short.streamed)) < 100, "no request has a longer prefix"
+    assert short.gpu_kv == grid.gpu_kv
 
 
 def test_powers() -> None:

@@ -48,7 +48,11 @@ void sync_warp();
 // Every lane gives 16 bytes and sees those of all 32; valid until the lane's next exchange but one.
 using Lanes = const char (*)[16];
 Lanes exchange(const void *mine, size_t bytes);
-void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()> &kernel, unsigned cluster = 1);
+// `overlapping`: the kernel may begin before the one ahead has ended, so every thread must wait for that one, once at least.
+// `cluster`: blocks that run at once, neighbours in x.
+void run(dim3 grid, unsigned threads, size_t shared_bytes, bool overlapping, const std::function<void()> &kernel,
+         unsigned cluster = 1);
+void await_previous();
 char *dynamic_shared();
 char *dynamic_shared_of(unsigned block); // of the cluster
 // Copies that have been asked for, by this fiber.

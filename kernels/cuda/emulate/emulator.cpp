@@ -45,7 +45,7 @@ struct Pending {
 struct Fiber {
     std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
     jmp_buf here;
-    bool started = false, over = false;
+    bool started = false, over = false, awaited = false;
     const Barrier *waits_for = nullptr;
     uint64_t generation = 0;
     unsigned exchanges = 0;
@@ -65,6 +65,7 @@ struct Cluster {
     std::vector<Warp> warps;
     Barrier barrier;
     const std::function<void()> *kernel = nullptr;
+    bool overlapping = false;
     unsigned running = 0, threads = 0, warps_of_block = 0; // threads: of a block
     jmp_buf scheduler;
 };
@@ -137,7 +138,7 @@ void prepare() {
     cluster.barrier.expected = cluster.threads * static_cast<unsigned>(cluster.blocks.size());
     for (cluster.running = 0; cluster.running < cluster.barrier.expected; cluster.running++) {
         Fiber &fiber = cluster.fibers[cluster.running];
-        fiber.started = fiber.over = false;
+        fiber.started = fiber.over = fiber.awaited = false;
         fiber.waits_for = nullptr;
         fiber.exchanges = 0;
         fiber.pending.clear();
@@ -163,6 +164,10 @@ void run_cluster(unsigned first) {
             resume(fiber);
             moved = true;
             left -= fiber.over ? 1 : 0;
+            if (fiber.over && cluster.overlapping && !fiber.awaited) {
+                std::fputs("emulator: a thread ended that has not waited for the kernel ahead\n", stderr);
+                std::abort();
+            }
         }
         if (!moved) {
             std::fputs("emulator: the threads of a block wait for each other\n", stderr);
@@ -173,6 +178,7 @@ void run_cluster(unsigned first) {
 
 } // namespace
 
+void emulator::await_previous() { cluster.fibers[cluster.running].awaited = true; }
 void emulator::sync_block() { wait(block().barrier); }
 void emulator::sync_cluster() { wait(cluster.barrier); }
 void emulator::sync_warp() { wait(warp().barrier); }
@@ -207,8 +213,8 @@ void emulator::await_groups(int pending) {
     fiber.pending.erase(fiber.pending.begin(), fiber.pending.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
-void emulator::run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()> &kernel,
-                   unsigned blocks) {
+void emulator::run(dim3 grid, unsigned threads, size_t shared_bytes, bool overlapping,
+                   const std::function<void()> &kernel, unsigned blocks) {
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     if (cluster.fibers.size() < threads * blocks)
         cluster.fibers.resize(threads * blocks);
@@ -219,6 +225,7 @@ void emulator::run(dim3 grid, unsigned threads, size_t shared_bytes, const std::
     for (Block &one : cluster.blocks)
         one.shared.assign(shared_bytes + 1, static_cast<char>(0xff)); // NaN in every type
     cluster.kernel = &kernel;
+    cluster.overlapping = overlapping;
     place = Place{dim3(0, 0, 0), dim3(0, 0, 0), dim3(threads), grid};
     for (place.block.z = 0; place.block.z < grid.z; place.block.z++)
         for (place.block.y = 0; place.block.y < grid.y; place.block.y++)

@@ -136,7 +136,7 @@ inline uint64_t now_ns() {
 }
 
 // Kernels run one after the other here.
-inline void await_previous() {}
+inline void await_previous() { emulator::await_previous(); }
 inline void release_next() {}
 inline void fetch_to_l2(const void *from, uint32_t bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0 || bytes == 0) {
@@ -162,20 +162,20 @@ template <class... Parameters> int clusters_at_once(void (*)(Parameters...), uns
 
 template <class... Parameters, class... Args>
 void launch_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
-                     unsigned cluster, bool, const Args &...args) {
-    emulator::run(grid, static_cast<unsigned>(threads), shared_bytes, [&] { kernel(args...); }, cluster);
+                     unsigned cluster, bool overlapping, const Args &...args) {
+    emulator::run(grid, static_cast<unsigned>(threads), shared_bytes, overlapping, [&] { kernel(args...); }, cluster);
 }
 
 template <class... Parameters, class... Args>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
                    const Args &...args) {
-    emulator::run(grid, static_cast<unsigned>(threads), shared_bytes, [&] { kernel(args...); });
+    emulator::run(grid, static_cast<unsigned>(threads), shared_bytes, false, [&] { kernel(args...); });
 }
 
 template <class... Parameters, class... Args>
-void launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
+void launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
                         const Args &...args) {
-    launch_kernel(kernel, grid, threads, shared_bytes, stream, args...);
+    emulator::run(grid, static_cast<unsigned>(threads), shared_bytes, true, [&] { kernel(args...); });
 }
 
 } // namespace neo
