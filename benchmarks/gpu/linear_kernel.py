@@ -40,6 +40,14 @@ ROWS = (1, 8, 16, 24, 32, 64)
 COLD_BYTES = 400 << 20  # more than any L2 cache
 AHEAD_BYTES = 8 << 20
 LAYERS = 16
+CHAINS: tuple[tuple[str, int | None, bool], ...] = (  # stages (None: torch), whether kernels overlap
+    ("torch", None, True),
+    ("ours", 0, True),
+    ("5 stages", 5, True),
+    ("4 stages", 4, True),
+    ("3 stages", 3, True),
+    ("no overlap", 0, False),
+)
 KIND: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
 
 
@@ -173,7 +181,7 @@ class Layers:
             "down": (self.act if between else self.gate_up[:, :INNER], self.delta),
         }[name]
 
-    def launches(self, ours: bool, between: bool, ahead: bool) -> list[Callable[[], Any]]:
+    def launches(self, stages: int | None, between: bool, ahead: bool) -> list[Callable[[], Any]]:
         found: list[Callable[[], Any]] = []
         for weights in self.weights:
             for name, weight in weights.items():
@@ -187,7 +195,10 @@ class Layers:
                         small.args.ahead = ctypes.pointer(ck.ahead(weight, AHEAD_BYTES))
                     found.append(small)
                 x, out = self.buffers(name, between)
-                found.append(ck.project(x, weight, None, out) if ours else product(x, weight, out))
+                if stages is None:
+                    found.append(product(x, weight, out))
+                else:
+                    found.append(ck.project(x, weight, None, out, stages=stages))
         return found
 
 
@@ -198,13 +209,9 @@ def chain(ceiling: float) -> list[dict[str, Any]]:
         size = sum(w.nbytes for w in layers.weights[0].values())
         for between, ahead in ((False, False), (True, False), (True, True)):
             line = []
-            for label, ours, on in (
-                ("torch", False, True),
-                ("ours", True, True),
-                ("ours, no overlap", True, False),
-            ):
+            for label, stages, on in CHAINS:
                 c.overlap(on)
-                steps = layers.launches(ours, between, ahead)
+                steps = layers.launches(stages, between, ahead)
 
                 def work(steps: list[Callable[[], Any]] = steps) -> None:
                     for step in steps:

@@ -226,7 +226,6 @@ template <class T> __device__ void add_parts(const Project &args, const float *p
 template <class T, int ROWS, bool HALVES>
 __global__ void __launch_bounds__(PROJECT_THREADS) project(const __grid_constant__ Project args) {
     NEO_DYNAMIC_SHARED(shared);
-    release_next();
     const ProjectShare share(args);
     const int stages = args.stages;
     const uint32_t ring = shared_address(shared), stage_bytes = project_stage_bytes(args.span, ROWS);
@@ -242,6 +241,7 @@ __global__ void __launch_bounds__(PROJECT_THREADS) project(const __grid_constant
             first.weights(at);
     }
     await_previous();
+    release_next(); // only now: what the next kernel reads before it waits was there before this one began
     uint32_t load_at = ring;
     for (int i = 1; i < stages; i++, load_at += stage_bytes) {
         if (loader.more()) {
