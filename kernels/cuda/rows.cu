@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(NORM_THREADS)
     add_rms_norm(T *hidden, const T *delta, const T *weight, T *out, int rows, int width, float eps, Ahead ahead) {
     using V = Vec<T>;
     __shared__ float sums[32];
+    release_next();
     if (static_cast<int>(blockIdx.x) >= rows) {
         only_fetch(ahead, blockIdx.x - rows, gridDim.x - rows);
         return;
@@ -89,6 +90,7 @@ template <> __device__ float exponential<float>(float x) { return expf(x); }
 template <class T>
 __global__ void __launch_bounds__(SILU_THREADS) silu_mul(const T *gate_up, T *out, int rows, int width, Ahead ahead) {
     using V = Vec<T>;
+    release_next();
     if (static_cast<int>(blockIdx.x) >= rows) {
         const int blocks = (gridDim.x - rows) * gridDim.y;
         only_fetch(ahead, (blockIdx.x - rows) * gridDim.y + blockIdx.y, blocks);
