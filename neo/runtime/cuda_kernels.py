@@ -21,7 +21,6 @@ from neo.runtime.cpu_library import Sized
 
 CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """``neo_cuda_dtype`` of torch's types."""
-_LINE = 128  # bytes of the device's caches
 
 
 class Launch:
@@ -163,19 +162,6 @@ def decode(
     return Attention(
         Launch("neo_cuda_decode_plan", args, keep), Launch("neo_cuda_decode_attention", args, keep)
     )
-
-
-def ahead(weight: Tensor, limit: int) -> c.Ahead:
-    """What to fetch of a matrix [rows, width], contiguous, before it is multiplied: `limit` bytes at most.
-
-    The beginning of every row, in whole lines of the cache: a product reads all rows side by side.
-    """
-    _rows(weight, "weight", 2)
-    by = weight.element_size()
-    width = min(limit // max(1, len(weight)), weight.shape[1] * by) // _LINE * _LINE
-    if not width or weight.data_ptr() % 16 or weight.stride(0) * by % 16:
-        return c.Ahead()
-    return c.Ahead(data=weight.data_ptr(), stride=weight.stride(0) * by, rows=len(weight), bytes=width)
 
 
 def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> Launch:
