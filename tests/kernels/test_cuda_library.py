@@ -12,6 +12,7 @@ from cuda_cases import emulated_path, why_no_gpu
 
 from neo.runtime import cuda_kernels as ck
 from neo.runtime import cuda_library as c
+from neo.runtime import cuda_transfers as ct
 from neo.runtime.cpu_library import Sized
 
 
@@ -260,4 +261,4 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="gate_up is"):
         ck.silu_mul(q[0], q[1])
     with pytest.raises(ValueError, match="must agree"):
-        ck.copy_blocks(blocks, blocks.half(), ints, ints)
+        ct.copy_blocks(blocks, blocks.half(), ints, ints)

@@ -7,6 +7,7 @@ import torch
 from cuda_cases import EPSILON, Device, Paged, device, paged
 
 from neo.runtime import cuda_kernels as ck
+from neo.runtime import cuda_transfers as ct
 from neo.runtime.model_config import RopeConfig
 from neo.runtime.rope import RotaryEmbedding
 
@@ -225,7 +226,7 @@ def test_copy_blocks(device: Device, engines: bool, elements: int, to_host: bool
     pairs = torch.tensor([[6, 0], [2, 5], [3, 6], [4, 7], [0, 8]], dtype=torch.int32)
     lists = [device.pinned(pairs[:, i].contiguous()) for i in range(2)]
     there, back = (device(src), device.pinned(dst)) if to_host else (device.pinned(src), device(dst))
-    ck.copy_blocks(there, back, *lists, ctas=3, engines=engines)(device.stream)
+    ct.copy_blocks(there, back, *lists, ctas=3, engines=engines)(device.stream)
     device.wait()
     dst[pairs[:, 1].long()] = src[pairs[:, 0].long()]
     assert torch.equal(back.cpu(), dst)
@@ -236,7 +237,7 @@ def test_copy_count_is_read_when_it_runs(device: Device) -> None:
     lists = [device.pinned(torch.arange(4, dtype=torch.int32)) for _ in range(2)]
     count = device.pinned(torch.tensor([4], dtype=torch.int32))
     there, back = device(src), device(dst)
-    copy = ck.copy_blocks(there, back, *lists, count_at=count)
+    copy = ct.copy_blocks(there, back, *lists, count_at=count)
     for n in (0, 3, -1):
         count[0] = n
         back.zero_()
