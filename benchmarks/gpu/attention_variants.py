@@ -4,14 +4,12 @@
 
 ``rings``: attention alone, by how many thread blocks a multiprocessor has and how many tiles a warp has in
 flight; also with nothing to read (the fixed part of a launch). ``layer``: layers of the shape of
-Llama-3.1-8B, 64 rows of 1024 tokens, as a graph, by what begins early and how much of the next weights is
-fetched to L2. Medians of replays by CUDA events.
+Llama-3.1-8B, 64 rows of 1024 tokens, as a graph, by what begins early. Medians of replays by CUDA events.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +35,7 @@ SHAPES = (
     Shape("64 x 1", (1,) * 64),
     Shape("nothing", (0,) * 64),
 )
-RINGS = ((2, 3), (2, 2), (3, 2), (1, 6), (1, 4), (1, 3), (4, 1))  # blocks a multiprocessor, tiles
+RINGS = ((2, 2), (2, 3), (3, 2), (1, 4))  # blocks a multiprocessor, tiles
 
 
 def rings(ceiling: float) -> list[dict[str, Any]]:
@@ -88,7 +86,7 @@ class Layers:
         self.cos, self.sin = (torch.randn(rows, self.DIM, **kind) for _ in range(2))
         self.norm_weight = torch.ones(self.HIDDEN, **kind)
 
-    def launches(self, early: bool, ahead: dict[str, int]) -> list[list[Callable[[], Any]]]:
+    def launches(self, early: bool) -> list[list[Callable[[], Any]]]:
         """Of each layer: norm, qkv, rotary and append, attention, out, norm, gate and up, SiLU, down."""
         found = []
         size = ck.decode_workspace(self.caches[0], self.rows, self.HEADS)
@@ -107,10 +105,6 @@ class Layers:
             rope.args.early = early
             both = ck.decode(cache, q, out, self.tables, lengths, workspace, self.slots, early=early)
             plan = plan or both.plan
-            ahead_of = {"qkv": norms[0], "out": both.attend, "gate_up": norms[1], "down": silu}
-            for (name, launch), weight in zip(ahead_of.items(), weights, strict=True):
-                if ahead.get(name):
-                    launch.args.ahead = ctypes.pointer(ck.ahead(weight, ahead[name]))
             qkv, o, gate_up, down = weights
             found.append(
                 [
@@ -139,34 +133,23 @@ def one_by_one(launches: list[Callable[[], Any]]) -> None:
         launch()
 
 
-PRODUCTS = ("qkv", "out", "gate_up", "down")
 PARTS = {"products": (1, 4, 6, 8), "attention": (3,), "rotary, attention": (2, 3), "all": tuple(range(9))}
+WAYS = (("as it was", False, False), ("overlap", True, False), ("overlap, early", True, True))
 
 
 def layer_variants(rows: int, tokens: int, layers: int = 4) -> list[dict[str, Any]]:
     shape = Layers(rows, tokens, layers)
-    ways: list[tuple[str, bool, bool, dict[str, int]]] = [
-        ("as it was", False, False, {}),
-        ("overlap", True, False, {}),
-        ("overlap, early", True, True, {}),
-    ]
-    sizes = (2, 4, 8, 16, 24)
-    ways += [(f"and {n} MiB of weights", True, True, dict.fromkeys(PRODUCTS, n << 20)) for n in sizes]
-    each = [(n, name) for name in PRODUCTS for n in (4, 8, 16, 24)]
-    ways += [(f"and {n} MiB of {name}", True, True, {name: n << 20}) for n, name in each]
-    ways.append(("8 MiB of weights alone", False, False, dict.fromkeys(PRODUCTS, 8 << 20)))
     found = []
-    for name, overlap, early, ahead in ways:
+    for name, overlap, early in WAYS:
         before = c.overlap(overlap)
-        steps = shape.launches(early, ahead)
+        steps = shape.launches(early)
         times = {}
         for part, indices in PARTS.items():
-            if part == "all" or not ahead:
-                chosen = [of_layer[i] for of_layer in steps for i in indices]
-                times[part] = seconds_of(partial(one_by_one, chosen), 2, 15) / layers * 1e6
+            chosen = [of_layer[i] for of_layer in steps for i in indices]
+            times[part] = seconds_of(partial(one_by_one, chosen), 2, 15) / layers * 1e6
         c.overlap(before)
         found.append({"way": name, "us": times})
-        print(f"  {name:26s}" + ", ".join(f"{part} {us:6.1f} us" for part, us in times.items()), flush=True)
+        print(f"  {name:16s}" + ", ".join(f"{part} {us:6.1f} us" for part, us in times.items()), flush=True)
     return found
 
 

@@ -23,6 +23,7 @@ import torch
 from neo.runtime import cpu_kernels, cpu_library
 from neo.runtime import cuda_kernels as ck
 from neo.runtime import cuda_library as c
+from neo.runtime import cuda_transfers as ct
 from neo.runtime.cpu_worker import Worker
 
 GB = 1e9
@@ -218,8 +219,8 @@ def copies(blocks: int = 4096, elements: int = 32768) -> list[dict[str, Any]]:
     found = []
     for name, way in ways.items():
         lists = way.pop("lists")
-        out = ck.copy_blocks(device, pinned, *lists, **way)
-        back = ck.copy_blocks(pinned, device, *lists, **way)
+        out = ct.copy_blocks(device, pinned, *lists, **way)
+        back = ct.copy_blocks(pinned, device, *lists, **way)
         side = torch.cuda.Stream()
 
         def both(out: ck.Launch = out, back: ck.Launch = back, side: torch.cuda.Stream = side) -> None:
@@ -250,9 +251,9 @@ def handovers(layers: int = 32) -> list[dict[str, Any]]:
             packed = torch.zeros(shape, dtype=torch.bfloat16, pin_memory=True)
             answers = torch.zeros(max(rows, 1), heads * dim, dtype=torch.bfloat16, pin_memory=True)
             out = torch.empty(rows, heads * dim, **kind)
-            channel = ck.Channel()
-            post = ck.post_rows(channel, q, k, v, packed)
-            wait = ck.await_rows(channel, answers, out, timeout_s=5)
+            channel = ct.Channel()
+            post = ct.post_rows(channel, q, k, v, packed)
+            wait = ct.await_rows(channel, answers, out, timeout_s=5)
             ctypes.c_uint32.from_address(channel.answer).value = 1
             post()  # once outside of a graph, for the driver to load the kernels
             wait()
@@ -309,13 +310,13 @@ def once() -> None:
         ck.project(wide, weight, None, torch.empty(rows, 1040, device="cuda").half(), parts)()
     host = torch.zeros(4, 4096, dtype=torch.float16, pin_memory=True)
     order = torch.tensor([2, 0, 1], dtype=torch.int32, device="cuda")
-    ck.copy_blocks(x, host, order, order)()
-    channel = ck.Channel()
+    ct.copy_blocks(x, host, order, order)()
+    channel = ct.Channel()
     q = torch.randn(3, 4, 64, device="cuda").half()
-    ck.post_rows(channel, q, q, q, host)()
+    ct.post_rows(channel, q, q, q, host)()
     torch.cuda.synchronize()
     ctypes.c_uint32.from_address(channel.answer).value = 1
-    ck.await_rows(channel, host, x, timeout_s=20)()
+    ct.await_rows(channel, host, x, timeout_s=20)()
     torch.cuda.synchronize()
     print("ran each kernel once")
 

@@ -12,7 +12,6 @@ against torch in fp32, relative to the largest result. ``cuts``: ours by parts o
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
 import time
@@ -38,7 +37,6 @@ SHAPES = {  # columns, width
 }
 ROWS = (1, 8, 16, 24, 32, 64)
 COLD_BYTES = 400 << 20  # more than any L2 cache
-AHEAD_BYTES = 8 << 20
 LAYERS = 16
 CHAINS: tuple[tuple[str, int | None, bool], ...] = (  # stages (None: torch), whether kernels overlap
     ("torch", None, True),
@@ -181,7 +179,7 @@ class Layers:
             "down": (self.act if between else self.gate_up[:, :INNER], self.delta),
         }[name]
 
-    def launches(self, stages: int | None, between: bool, ahead: bool) -> list[Callable[[], Any]]:
+    def launches(self, stages: int | None, between: bool) -> list[Callable[[], Any]]:
         found: list[Callable[[], Any]] = []
         for weights in self.weights:
             for name, weight in weights.items():
@@ -191,8 +189,6 @@ class Layers:
                 elif between and name == "down":
                     small = ck.silu_mul(self.gate_up, self.act)
                 if small is not None:
-                    if ahead:
-                        small.args.ahead = ctypes.pointer(ck.ahead(weight, AHEAD_BYTES))
                     found.append(small)
                 x, out = self.buffers(name, between)
                 if stages is None:
@@ -207,11 +203,11 @@ def chain(ceiling: float) -> list[dict[str, Any]]:
     for rows in (8, 24, 64):
         layers = Layers(rows)
         size = sum(w.nbytes for w in layers.weights[0].values())
-        for between, ahead in ((False, False), (True, False), (True, True)):
+        for between in (False, True):
             line = []
             for label, stages, on in CHAINS:
                 c.overlap(on)
-                steps = layers.launches(stages, between, ahead)
+                steps = layers.launches(stages, between)
 
                 def work(steps: list[Callable[[], Any]] = steps) -> None:
                     for step in steps:
@@ -219,15 +215,9 @@ def chain(ceiling: float) -> list[dict[str, Any]]:
 
                 took = seconds_of(work, times=1, replays=9) / LAYERS
                 line.append(f"{label} {took * 1e6:6.1f} us {size / took / ceiling:4.0%}")
-                found.append(
-                    {"rows": rows, "between": between, "ahead": ahead, "way": label, "layer_us": took * 1e6}
-                )
+                found.append({"rows": rows, "between": between, "way": label, "layer_us": took * 1e6})
             c.overlap(True)
-            what = (
-                "products alone"
-                if not between
-                else f"norms and SiLU{', weights fetched ahead' if ahead else ''}"
-            )
+            what = "norms and SiLU" if between else "products alone"
             print(f"  {rows:3d} rows, {what:42s} of a layer | {' | '.join(line)}", flush=True)
         del layers
         torch.cuda.empty_cache()

@@ -105,9 +105,9 @@ def main() -> None:
     timed(engine, "_finish", spent, "finish")
     timed(engine, "_launch", spent, "launch")
     timed(executor, "start", spent, "executor's part")
-    timed(executor, "_choose", spent, "sampling")
-    timed(executor, "_fill", spent, "inputs")
-    timed(executor._mirror, "update", spent, "tables")
+    timed(executor._ops, "choose", spent, "sampling")
+    timed(executor._ops, "fill", spent, "inputs")
+    timed(executor._ops.mirror, "update", spent, "tables")
     timed(executor._graphs, "replay", spent, "find graph")
     timed(executor.tables, "begin", spent, "take blocks")
     for _ in range(args.steps - 20):

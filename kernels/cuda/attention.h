@@ -3,7 +3,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include "ahead.h"
 #include "neo_cuda.h"
 
 namespace neo {
@@ -52,7 +51,6 @@ struct Attention {
     int32_t workers, stages;
     float scale_log2; // scale * log2(e)
     int32_t early;    // see neo_cuda_decode
-    Ahead ahead;
 };
 
 // Bytes of shared memory: a row of V, padded unless it is whole lines of 128 bytes, and one tile of one warp.

@@ -11,7 +11,6 @@
 // the caller says that it may (`early`), the first tiles are asked for while the kernel ahead still appends the newest tokens.
 #pragma once
 
-#include "ahead.cuh"
 #include "attention_merge.cuh"
 
 namespace neo {
@@ -40,7 +39,6 @@ __global__ void __launch_bounds__(WARPS_OF_CTA * 32, CTAS_BY_REGISTERS<D, N>)
     const Start start = args.plan.starts[worker]; // asked for together
     const int run = args.plan.run[0], total = args.plan.run[1];
     if (start.length <= 0) {
-        fetch_ahead(args.ahead, lane * args.workers + worker, 32 * args.workers);
         await_previous();
         clear_empty<T, D>(args, worker, lane);
         return;
@@ -91,8 +89,6 @@ __global__ void __launch_bounds__(WARPS_OF_CTA * 32, CTAS_BY_REGISTERS<D, N>)
         if (take_at == ring_end)
             take_at = ring;
         const bool last = at.tile + 1 == at.tiles, over = at.next_place() >= run_end;
-        if (over)
-            fetch_ahead(args.ahead, lane * args.workers + worker, 32 * args.workers);
         if (last || over) {
             sums.end();
             if (whole && last)

@@ -24,22 +24,6 @@ neo_cuda_status neo::check(const neo_cuda_cache *cache) noexcept {
     return NEO_CUDA_OK;
 }
 
-neo_cuda_status neo::check(const neo_cuda_ahead *ahead) noexcept {
-    if (ahead == nullptr)
-        return NEO_CUDA_OK;
-    NEO_NEED_SIZE(ahead, "ahead");
-    NEO_NEED(ahead->rows >= 0, "ahead: rows is %d, must not be negative", ahead->rows);
-    if (ahead->rows == 0)
-        return NEO_CUDA_OK;
-    NEO_NEED(ahead->data != nullptr && aligned(ahead->data, 16), "ahead: data must be aligned to 16 bytes, not NULL");
-    NEO_NEED(ahead->bytes > 0 && ahead->bytes % 16 == 0, "ahead: bytes is %d, must be a positive multiple of 16",
-             ahead->bytes);
-    NEO_NEED(ahead->stride >= ahead->bytes && ahead->stride % 16 == 0,
-             "ahead: stride is %lld, must be a multiple of 16, at least %d", static_cast<long long>(ahead->stride),
-             ahead->bytes);
-    return NEO_CUDA_OK;
-}
-
 neo_cuda_status neo::check_table(const int32_t *tables, int64_t stride) noexcept {
     NEO_NEED(tables != nullptr, "block_tables must not be NULL");
     NEO_NEED(stride > 0, "table_stride is %lld, must be positive", static_cast<long long>(stride));

@@ -32,7 +32,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define NEO_CUDA_ABI 2
+#define NEO_CUDA_ABI 3
 
 typedef enum neo_cuda_status {
     NEO_CUDA_OK = 0,
@@ -71,20 +71,6 @@ neo_cuda_status neo_cuda_describe(neo_cuda_device_info *info);
  * 0 nothing changes. Returns what it was. At first it is on, unless the environment has NEO_CUDA_PDL=0.
  */
 int32_t neo_cuda_overlap(int32_t on);
-
-/*
- * What the next kernel will read first: `bytes` (a multiple of 16) from the beginning of each of `rows` rows that lie
- * `stride` bytes apart (likewise), from an aligned address. Nothing may write there from the launch of the kernel ahead on
- * the stream on. It is brought into the L2 cache while little else is read; all of it should fit there beside what else
- * is in use. With rows 0 nothing is.
- */
-typedef struct neo_cuda_ahead {
-    size_t size;
-    const void *data;
-    int64_t stride;
-    int32_t rows;
-    int32_t bytes;
-} neo_cuda_ahead;
 
 typedef struct neo_cuda_cache {
     size_t size;
@@ -125,7 +111,7 @@ typedef struct neo_cuda_decode {
     size_t workspace_bytes;
     int32_t rows;
     int32_t q_heads; /* a multiple of kv_heads */
-    int32_t ctas;    /* thread blocks of 4 warps; 0: as many as the device holds. Of plan and attention alike */
+    int32_t ctas;    /* thread blocks of 4 warps; 0: the library's choice. Of plan and attention alike */
     int32_t stages;  /* tiles that a warp has in flight or in use; 0: the library's choice; 1 to 8 */
     float scale;     /* finite */
     /*
@@ -133,7 +119,6 @@ typedef struct neo_cuda_decode {
      * kernel ahead on the stream began. They are then read while that one still runs.
      */
     int32_t early;
-    const neo_cuda_ahead *ahead; /* NULL or what is fetched to L2 by warps that have done their part */
 } neo_cuda_decode;
 
 /* Bytes of workspace that these arguments need (q, out, tables, slots, lengths, workspace may be NULL). */
@@ -185,7 +170,6 @@ typedef struct neo_cuda_norm {
     int32_t width; /* up to 16384 (FP32) or 32768 */
     int32_t dtype;
     float eps;
-    const neo_cuda_ahead *ahead; /* NULL or what is fetched to L2 meanwhile */
 } neo_cuda_norm;
 
 neo_cuda_status neo_cuda_add_rms_norm(const neo_cuda_norm *args, void *stream);
@@ -198,7 +182,6 @@ typedef struct neo_cuda_silu {
     int32_t rows;
     int32_t width;
     int32_t dtype;
-    const neo_cuda_ahead *ahead; /* NULL or what is fetched to L2 meanwhile */
 } neo_cuda_silu;
 
 neo_cuda_status neo_cuda_silu_mul(const neo_cuda_silu *args, void *stream);

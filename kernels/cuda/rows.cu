@@ -2,7 +2,6 @@
 
 #include <ptx.cuh>
 
-#include "ahead.cuh"
 #include "check.h"
 
 namespace {
@@ -12,7 +11,6 @@ using namespace neo;
 constexpr int NORM_CHUNKS = 4;    // of 16 bytes that a thread keeps of its row
 constexpr int NORM_THREADS = 1024; // at most
 constexpr int SILU_THREADS = 256;
-constexpr int AHEAD_BLOCKS = 128; // beside those of the rows, for what is fetched ahead: on all multiprocessors
 
 // Sum over the block; `sums` has a place for each warp.
 __device__ float block_sum(float x, float *sums) {
@@ -24,23 +22,13 @@ __device__ float block_sum(float x, float *sums) {
     return warp_sum(lane < warps ? sums[lane] : 0.f);
 }
 
-// What a block does that comes behind those of the rows.
-__device__ void only_fetch(const Ahead &ahead, int block, int blocks) {
-    fetch_ahead(ahead, threadIdx.x * blocks + block, blocks * blockDim.x);
-    await_previous();
-}
-
 // One block a row, which it keeps in registers between the two passes.
 template <class T>
 __global__ void __launch_bounds__(NORM_THREADS)
-    add_rms_norm(T *hidden, const T *delta, const T *weight, T *out, int rows, int width, float eps, Ahead ahead) {
+    add_rms_norm(T *hidden, const T *delta, const T *weight, T *out, int width, float eps) {
     using V = Vec<T>;
     __shared__ float sums[32];
     release_next();
-    if (static_cast<int>(blockIdx.x) >= rows) {
-        only_fetch(ahead, blockIdx.x - rows, gridDim.x - rows);
-        return;
-    }
     const V *const weights = reinterpret_cast<const V *>(weight);
     V weight_first; // of a row of usual width all; of others' rest there are no registers
     if (static_cast<int>(threadIdx.x) < width / V::N)
@@ -88,14 +76,9 @@ template <class T> __device__ float exponential(float x) { return __expf(x); }
 template <> __device__ float exponential<float>(float x) { return expf(x); }
 
 template <class T>
-__global__ void __launch_bounds__(SILU_THREADS) silu_mul(const T *gate_up, T *out, int rows, int width, Ahead ahead) {
+__global__ void __launch_bounds__(SILU_THREADS) silu_mul(const T *gate_up, T *out, int width) {
     using V = Vec<T>;
     release_next();
-    if (static_cast<int>(blockIdx.x) >= rows) {
-        const int blocks = (gridDim.x - rows) * gridDim.y;
-        only_fetch(ahead, (blockIdx.x - rows) * gridDim.y + blockIdx.y, blocks);
-        return;
-    }
     await_previous();
     const int chunk = blockIdx.y * SILU_THREADS + threadIdx.x;
     if (chunk >= width / V::N)
@@ -122,20 +105,16 @@ template <class T> void launch(const neo_cuda_norm &args, cudaStream_t stream) {
     const int chunks = args.width / Vec<T>::N;
     int threads = (chunks + 31) / 32 * 32;
     threads = threads > NORM_THREADS ? NORM_THREADS : threads;
-    const Ahead ahead = ahead_of(args.ahead);
-    const unsigned blocks = args.rows + (ahead.rows > 0 ? AHEAD_BLOCKS : 0);
-    launch_overlapping(add_rms_norm<T>, blocks, threads, 0, stream, static_cast<T *>(args.hidden),
+    launch_overlapping(add_rms_norm<T>, args.rows, threads, 0, stream, static_cast<T *>(args.hidden),
                        static_cast<const T *>(args.delta), static_cast<const T *>(args.weight),
-                       static_cast<T *>(args.out), args.rows, args.width, args.eps, ahead);
+                       static_cast<T *>(args.out), args.width, args.eps);
 }
 
 template <class T> void launch(const neo_cuda_silu &args, cudaStream_t stream) {
     const unsigned chunks = args.width / Vec<T>::N;
-    const Ahead ahead = ahead_of(args.ahead);
-    const unsigned parts = (chunks + SILU_THREADS - 1) / SILU_THREADS; // of a row
-    const dim3 grid(args.rows + (ahead.rows > 0 ? (AHEAD_BLOCKS + parts - 1) / parts : 0), parts);
+    const dim3 grid(args.rows, (chunks + SILU_THREADS - 1) / SILU_THREADS);
     launch_overlapping(silu_mul<T>, grid, SILU_THREADS, 0, stream, static_cast<const T *>(args.gate_up),
-                       static_cast<T *>(args.out), args.rows, args.width, ahead);
+                       static_cast<T *>(args.out), args.width);
 }
 
 template <class Args> void launch_as(const Args &args, int32_t dtype, void *stream) {
@@ -154,7 +133,6 @@ extern "C" neo_cuda_status neo_cuda_add_rms_norm(const neo_cuda_norm *args, void
     clear_error();
     NEO_NEED_SIZE(args, "args");
     NEO_TRY(check_width(args->rows, args->width, args->dtype));
-    NEO_TRY(check(args->ahead));
     const int64_t most = NORM_THREADS * NORM_CHUNKS * (16 / bytes_of(args->dtype));
     NEO_NEED(args->width <= most, "width is %d, must be at most %lld", args->width, static_cast<long long>(most));
     if (args->rows == 0)
@@ -171,7 +149,6 @@ extern "C" neo_cuda_status neo_cuda_silu_mul(const neo_cuda_silu *args, void *st
     clear_error();
     NEO_NEED_SIZE(args, "args");
     NEO_TRY(check_width(args->rows, args->width, args->dtype));
-    NEO_TRY(check(args->ahead));
     if (args->rows == 0)
         return NEO_CUDA_OK;
     NEO_NEED(args->gate_up != nullptr && args->out != nullptr, "gate_up and out must not be NULL");

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from neo.runtime import cpu_library as c
-from neo.runtime import cuda_kernels as kernels
+from neo.runtime import cuda_transfers as transfers
 from neo.runtime.block_tables import TierBlocks
 from neo.runtime.cpu_kernels import Pool
 from neo.runtime.cpu_worker import Worker
+from neo.runtime.cuda_kernels import Launch
 from neo.runtime.errors import EngineError
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.native_args import fill_append, fill_decode
@@ -38,22 +39,22 @@ class HandOver:
     def __init__(
         self, rows: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.channel = kernels.Channel(device)
+        self.channel = transfers.Channel(device)
         self.packed = torch.zeros((rows, (heads + 2 * kv_heads) * dim), dtype=dtype).pin_memory()
         self.answer = torch.zeros((rows, heads * dim), dtype=dtype).pin_memory()
         self.q = self.packed[:, : heads * dim].view(rows, heads, dim)
         self.k = self.packed[:, heads * dim : (heads + kv_heads) * dim].view(rows, kv_heads, dim)
         self.v = self.packed[:, (heads + kv_heads) * dim :].view(rows, kv_heads, dim)
         self.out = self.answer.view(rows, heads, dim)
-        self.post: kernels.Launch | None = None
-        self.wait: kernels.Launch | None = None
+        self.post: Launch | None = None
+        self.wait: Launch | None = None
         self.asked = 0  # numbers that the steps submitted so far ask for
 
     def describe(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         """The device's kernels, for rows of these buffers; ``place`` says which rows."""
         n = len(self.packed)
-        self.post = kernels.post_rows(self.channel, q[:n], k[:n], v[:n], self.packed)
-        self.wait = kernels.await_rows(self.channel, self.answer, out[:n], _TIMEOUT_S)
+        self.post = transfers.post_rows(self.channel, q[:n], k[:n], v[:n], self.packed)
+        self.wait = transfers.await_rows(self.channel, self.answer, out[:n], _TIMEOUT_S)
         by, args = q.element_size(), self.post.args
         self._base = (args.q, args.k, args.v, self.wait.args.out)
         self._strides = (args.q_stride, args.k_stride, args.v_stride, out.stride(0) * by)

@@ -4,7 +4,8 @@ Every function here fills a struct of `neo.runtime.cuda_library` from tensors an
 it launches the kernel on a stream and does no more Python than that. The launch keeps the tensors alive; what
 changes between calls is what lies in their memory. All of it can be captured in a CUDA graph.
 
-Layer-blocks are `KVMemory`'s on both tiers: a tensor [blocks, kv_heads, 2, head_dim * block_size].
+Layer-blocks are `KVMemory`'s on both tiers: a tensor [blocks, kv_heads, 2, head_dim * block_size]. Copies and
+the hand-over to the host are in `neo.runtime.cuda_transfers`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from neo.runtime.cpu_library import Sized
 
 CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """``neo_cuda_dtype`` of torch's types."""
-_LINE = 128  # bytes of the device's caches
 
 
 class Launch:
@@ -43,7 +43,8 @@ class Launch:
             c.check(status)
 
 
-def _rows(tensor: Tensor, name: str, axes: int) -> None:
+def float_rows(tensor: Tensor, name: str, axes: int) -> None:
+    """Refuse what has not so many axes of floats, the last contiguous."""
     if tensor.ndim != axes or tensor.dtype not in CODE or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
         raise ValueError(
             f"{name} must have {axes} axes of 16 or 32 bit floats, the last contiguous; "
@@ -51,7 +52,8 @@ def _rows(tensor: Tensor, name: str, axes: int) -> None:
         )
 
 
-def _ints(tensor: Tensor, name: str, count: int) -> int:
+def int_numbers(tensor: Tensor, name: str, count: int) -> int:
+    """Address of `count` contiguous int32; others are refused."""
     if tensor.dtype != torch.int32 or tensor.numel() < count or not tensor.is_contiguous():
         raise ValueError(f"{name} must be {count} contiguous int32, is {tuple(tensor.shape)} {tensor.dtype}")
     return tensor.data_ptr()
@@ -125,8 +127,8 @@ def decode(
     1/sqrt(head_dim). `early`: all that is read but q and the newest token of each row was there before the
     kernel ahead on the stream began.
     """
-    _rows(q, "q", 3)
-    _rows(out, "out", 3)
+    float_rows(q, "q", 3)
+    float_rows(out, "out", 3)
     rows, heads, dim = q.shape
     if (
         out.shape != q.shape
@@ -148,8 +150,8 @@ def decode(
         out_head_stride=out.stride(1),
         block_tables=address,
         table_stride=stride,
-        slots=None if slots is None else _ints(slots, "slots", rows),
-        lengths=_ints(lengths, "lengths", rows),
+        slots=None if slots is None else int_numbers(slots, "slots", rows),
+        lengths=int_numbers(lengths, "lengths", rows),
         workspace=workspace.data_ptr() if workspace.numel() else None,
         workspace_bytes=workspace.numel() * workspace.element_size(),
         rows=rows,
@@ -179,7 +181,7 @@ def project(
     library's choice): see neo_cuda.h.
     """
     for name, tensor in (("x", x), ("weight", weight), ("out", out)):
-        _rows(tensor, name, 2)
+        float_rows(tensor, name, 2)
     rows, width = x.shape
     columns = len(weight)
     if weight.shape[1] != width or out.shape != (rows, columns) or {weight.dtype, out.dtype} != {x.dtype}:
@@ -207,19 +209,6 @@ def project(
         stages=stages,
     )
     return Launch("neo_cuda_project_rows", args, (x, weight, bias, out))
-
-
-def ahead(weight: Tensor, limit: int) -> c.Ahead:
-    """What to fetch of a matrix [rows, width], contiguous, before it is multiplied: `limit` bytes at most.
-
-    The beginning of every row, in whole lines of the cache: a product reads all rows side by side.
-    """
-    _rows(weight, "weight", 2)
-    by = weight.element_size()
-    width = min(limit // max(1, len(weight)), weight.shape[1] * by) // _LINE * _LINE
-    if not width or weight.data_ptr() % 16 or weight.stride(0) * by % 16:
-        return c.Ahead()
-    return c.Ahead(data=weight.data_ptr(), stride=weight.stride(0) * by, rows=len(weight), bytes=width)
 
 
 def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> Launch:
@@ -275,7 +264,7 @@ def rope_angles(positions: Tensor, frequencies: Tensor, scale: float, cos: Tenso
             f"cos is {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}: must agree"
         )
     args = c.Angles(
-        positions=_ints(positions, "positions", rows),
+        positions=int_numbers(positions, "positions", rows),
         frequencies=frequencies.data_ptr(),
         cos=cos.data_ptr(),
         sin=sin.data_ptr(),
@@ -316,8 +305,8 @@ def qkv_rope_append(
     q heads, dim], k and v [rows, kv heads, dim] or None: heads side by side, rows may lie apart. Rows with
     slots[i] < 0 are not appended; without tables none is.
     """
-    _rows(qkv, "qkv", 2)
-    _rows(q, "q", 3)
+    float_rows(qkv, "qkv", 2)
+    float_rows(q, "q", 3)
     rows, heads, dim = q.shape
     kv_heads = cache.struct.kv_heads
     kind = qkv.dtype
@@ -361,8 +350,8 @@ def qkv_rope_append(
         kv_stride=strides.pop() if strides else 0,
         block_tables=address,
         table_stride=table_stride,
-        slots=None if slots is None else _ints(slots, "slots", rows),
-        positions=None if positions is None else _ints(positions, "positions", rows),
+        slots=None if slots is None else int_numbers(slots, "slots", rows),
+        positions=None if positions is None else int_numbers(positions, "positions", rows),
         rows=rows,
         q_heads=heads,
         eps=weights.eps,
@@ -373,154 +362,3 @@ def qkv_rope_append(
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def copy_blocks(
-    src: Tensor,
-    dst: Tensor,
-    src_blocks: Tensor,
-    dst_blocks: Tensor,
-    count_at: Tensor | None = None,
-    ctas: int = 0,
-    engines: bool = False,
-) -> Launch:
-    """Block dst_blocks[i] of dst [blocks, ...] becomes block src_blocks[i] of src; either may be pinned.
-
-    One kernel of `ctas` thread blocks, for lists in device or pinned memory, of which `count_at` (int32 [1])
-    says how many pairs count; or, with `engines`, the copy engines, for lists in host memory, read when it is
-    called.
-    """
-    count = src_blocks.numel()
-    if dst_blocks.numel() != count or src.shape[1:] != dst.shape[1:] or src.dtype != dst.dtype:
-        raise ValueError(
-            f"blocks {tuple(src.shape)} {src.dtype} to {tuple(dst.shape)} {dst.dtype}, "
-            f"{count} to {dst_blocks.numel()} of them: must agree"
-        )
-    if not (src.is_contiguous() and dst.is_contiguous()):
-        raise ValueError("src and dst must be contiguous")
-    args = c.Copy(
-        src=src.data_ptr(),
-        dst=dst.data_ptr(),
-        block_bytes=src[0].numel() * src.element_size() if len(src) else 16,
-        src_blocks=_ints(src_blocks, "src_blocks", count),
-        dst_blocks=_ints(dst_blocks, "dst_blocks", count),
-        count_at=None if count_at is None else _ints(count_at, "count_at", 1),
-        count=count,
-        ctas=ctas,
-    )
-    name = "neo_cuda_copy_runs" if engines else "neo_cuda_copy_blocks"
-    return Launch(name, args, (src, dst, src_blocks, dst_blocks, count_at))
-
-
-class Channel:
-    """A hand-over channel: numbers that only grow, in pinned memory and on the device.
-
-    ``request``, ``answer`` and ``error`` are addresses for the host's side (`cpu_library.Stage`).
-    """
-
-    _LINE = 32  # int32 in 128 bytes
-
-    def __init__(self, device: torch.device | str = "cuda") -> None:
-        self._state = torch.zeros(4, dtype=torch.int32, device=device)
-        flags = torch.zeros(3 * self._LINE, dtype=torch.int32)
-        self._flags = flags.pin_memory() if self._state.is_cuda else flags
-        self.request, self.answer, self.error = (
-            self._flags.data_ptr() + i * 4 * self._LINE for i in range(3)
-        )
-        self.struct = c.Channel(
-            state=self._state.data_ptr(), request=self.request, answer=self.answer, error=self.error
-        )
-
-    @property
-    def requested(self) -> int:
-        """The last number that the device asked for; the next step's first is one more (mod 2**32)."""
-        return int(self._flags[0]) & 0xFFFFFFFF
-
-    @property
-    def failed(self) -> bool:
-        """Whether an answer did not come in time."""
-        return bool(self._flags[2 * self._LINE])
-
-    def reset(self) -> None:
-        """Reopen it, with counts at 0. The device and the host's side must be idle."""
-        self._flags.zero_()
-        self._state.zero_()
-        if self._state.is_cuda:
-            torch.cuda.synchronize(self._state.device)
-
-
-def post_rows(
-    channel: Channel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed: Tensor,
-    rows_at: Tensor | None = None,
-    ctas: int = 0,
-) -> Launch:
-    """Rows [q | k | v] to pinned `packed` [>= rows, >= width], then the request's number; see neo_cuda.h.
-
-    q [rows, heads, dim], k and v [rows, kv heads, dim], heads side by side. `rows_at`: int32 [1], how many
-    rows count.
-    """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _rows(tensor, name, 3)
-        if tensor.stride(1) != tensor.shape[2] or tensor.dtype != q.dtype or len(tensor) != len(q):
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, strides {tensor.stride()}: "
-                "heads must lie side by side, and agree with q"
-            )
-    _rows(packed, "packed", 2)
-    by = q.element_size()
-    args = c.Post(
-        channel=ctypes.pointer(channel.struct),
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        q_stride=q.stride(0) * by,
-        k_stride=k.stride(0) * by,
-        v_stride=v.stride(0) * by,
-        packed=packed.data_ptr(),
-        packed_stride=packed.stride(0) * by,
-        rows_at=None if rows_at is None else _ints(rows_at, "rows_at", 1),
-        rows=len(q),
-        q_bytes=q.shape[1] * q.shape[2] * by,
-        kv_bytes=k.shape[1] * k.shape[2] * by,
-        ctas=ctas,
-    )
-    if packed.dtype != q.dtype or len(packed) < len(q):
-        raise ValueError(
-            f"packed is {tuple(packed.shape)} {packed.dtype}, too small or of another type than q"
-        )
-    return Launch("neo_cuda_post_rows", args, (channel, q, k, v, packed, rows_at))
-
-
-def await_rows(
-    channel: Channel,
-    packed: Tensor,
-    out: Tensor,
-    timeout_s: float,
-    rows_at: Tensor | None = None,
-    ctas: int = 0,
-) -> Launch:
-    """Wait for the answer to the last post, then rows of pinned `packed` to `out`, both [rows, width]."""
-    _rows(packed, "packed", 2)
-    _rows(out, "out", 2)
-    if packed.dtype != out.dtype or len(packed) < len(out) or packed.shape[1] < out.shape[1]:
-        raise ValueError(
-            f"packed is {tuple(packed.shape)} {packed.dtype}, out {tuple(out.shape)} {out.dtype}"
-        )
-    by = out.element_size()
-    args = c.Await(
-        channel=ctypes.pointer(channel.struct),
-        packed=packed.data_ptr(),
-        packed_stride=packed.stride(0) * by,
-        out=out.data_ptr(),
-        out_stride=out.stride(0) * by,
-        rows_at=None if rows_at is None else _ints(rows_at, "rows_at", 1),
-        rows=len(out),
-        row_bytes=out.shape[1] * by,
-        ctas=ctas,
-        timeout_us=round(timeout_s * 1e6),
-    )
-    return Launch("neo_cuda_await_rows", args, (channel, packed, out, rows_at))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from neo.runtime.cpu_library import Sized
 
-ABI = 2
+ABI = 3
 LIBRARY_VARIABLE = "NEO_CUDA_LIBRARY"
 _NAME = "libneo_cuda.so"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -41,18 +41,6 @@ class DeviceInfo(Sized):
         ("l2_bytes", c_int32),
         ("runtime", c_int32),
         ("driver", c_int32),
-    )
-
-
-class Ahead(Sized):
-    """``neo_cuda_ahead``."""
-
-    _fields_ = (
-        ("size", c_size_t),
-        ("data", c_void_p),
-        ("stride", c_int64),
-        ("rows", c_int32),
-        ("bytes", c_int32),
     )
 
 
@@ -94,7 +82,6 @@ class Decode(Sized):
         ("stages", c_int32),
         ("scale", c_float),
         ("early", c_int32),
-        ("ahead", POINTER(Ahead)),
     )
 
 
@@ -132,7 +119,6 @@ class Norm(Sized):
         ("width", c_int32),
         ("dtype", c_int32),
         ("eps", c_float),
-        ("ahead", POINTER(Ahead)),
     )
 
 
@@ -146,7 +132,6 @@ class Silu(Sized):
         ("rows", c_int32),
         ("width", c_int32),
         ("dtype", c_int32),
-        ("ahead", POINTER(Ahead)),
     )
 
 

@@ -200,7 +200,8 @@ class Products:
 
     Args:
         families: of one shape each; timing takes a family's weights in turn.
-        most_rows: of a tuned product; 0: torch multiplies everything.
+        most_rows: of a tuned product; 0: torch multiplies everything. May be changed at any time: plans that
+            were made for more rows are then not used.
     """
 
     def __init__(self, families: Sequence[Family], most_rows: int = MOST_ROWS) -> None:
@@ -255,8 +256,7 @@ class Products:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out = x @ weight.T (+ bias)``; x [rows, in], weight [out, in], out [rows, out]."""
-        size = _size(len(x), weight, bias)
-        plan = self._plans[size] if size in self._plans else self._between(size)
+        plan = self._plan(_size(len(x), weight, bias))
         if plan is None or not (x.is_contiguous() and out.is_contiguous()):
             torch_product(x, weight, bias, out)
         else:
@@ -267,6 +267,11 @@ class Products:
         out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
         self(x, weight, None, out)
         return out
+
+    def _plan(self, size: Size) -> Plan | cuda_project.Kernel | None:
+        if padded_rows(size.rows) > self.most_rows:  # it may have become less since
+            return None
+        return self._plans[size] if size in self._plans else self._between(size)
 
     def _between(self, size: Size) -> Plan | cuda_project.Kernel | None:
         """The plan of a size that was not tuned itself, by the next that was padded to."""

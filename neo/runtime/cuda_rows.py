@@ -7,28 +7,19 @@ Python between two launches, and what a CUDA graph captures stays where it is.
 
 from __future__ import annotations
 
-import ctypes
-import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from neo.core.errors import InputError
 from neo.runtime import cuda_kernels as kernels
-from neo.runtime import cuda_library as library
 from neo.runtime.cuda_linear import Products
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import BatchInputs
 from neo.runtime.weights import LayerWeights
 
-_FEW = 256
-"""Rows up to which a product waits for its weights, so that fetching them ahead is worth it."""
-_AHEAD_SHARE = 6
-"""A sixth of the L2 cache is for weights fetched while the kernel ahead of their product reads little."""
-_PRODUCTS = ("qkv", "out", "gate_up", "down")
 _NO_SLOT = -1  # of rows whose KV does not go into the GPU's cache with PRE
 
 
@@ -167,11 +158,6 @@ class Rows:
         self._late = kernels.qkv_rope_append(
             self.cache, self.qkv, kernels.QkvWeights(), ones, torch.zeros_like(ones), *heads, *common
         )
-        limit = _ahead_bytes()
-        self._ahead = [
-            {name: ctypes.pointer(kernels.ahead(getattr(layer, name), limit)) for name in _PRODUCTS}
-            for layer in model.weights.layers
-        ]
         self.attention: kernels.Attention | None = None
         if decodes:
             size = kernels.decode_workspace(self.cache, decodes, self.heads)
@@ -209,18 +195,12 @@ class Rows:
             args.out = self.attended.data_ptr() + at.gpu * self.attended.stride(0) * by
             self.attention.plan()
 
-    def _fetch(self, launch: kernels.Launch, layer: int, product: str) -> None:
-        """Let a kernel fetch weights of the product behind it."""
-        few = self.at.rows <= _FEW
-        launch.args.ahead = self._ahead[layer][product] if few else None
-
     def pre(self, layer: int, weights: LayerWeights, table: tuple[int, int], first: bool) -> None:
         """Norm, projection, rotation, append. ``table``: the layer's, its address and its row's length."""
         n = self.at.rows
         norm = self._norm.args
         norm.delta = None if first else self.delta.data_ptr()
         norm.weight = weights.input_norm.data_ptr()
-        self._fetch(self._norm, layer, "qkv")
         self._norm()
         self._product(self.x[:n], weights.qkv, None, self.qkv[:n])
         args = self._qkv.args
@@ -253,7 +233,6 @@ class Rows:
         args = self.attention.attend.args
         args.block_tables, args.table_stride = table
         args.early = early
-        self._fetch(self.attention.attend, layer, "out")
         self.attention.attend()
 
     def post(self, layer: int, weights: LayerWeights) -> None:
@@ -262,19 +241,7 @@ class Rows:
         self._product(self.attended[:n], weights.out, weights.out_bias, self.delta[:n])
         norm = self._norm.args
         norm.delta, norm.weight = self.delta.data_ptr(), weights.post_norm.data_ptr()
-        self._fetch(self._norm, layer, "gate_up")
         self._norm()
         self._product(self.x[:n], weights.gate_up, weights.gate_up_bias, self.gate_up[:n])
-        self._fetch(self._silu, layer, "down")
         self._silu()
         self._product(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
-
-
-def _ahead_bytes() -> int:
-    """How much to fetch of a product's weights: what the environment says, else a share of the L2 cache."""
-    said = os.environ.get("NEO_CUDA_AHEAD_BYTES")
-    if said is None:
-        return int(library.describe().l2_bytes) // _AHEAD_SHARE
-    if not said.isdecimal():
-        raise InputError(f"NEO_CUDA_AHEAD_BYTES: must be a number of bytes, is '{said}'")
-    return int(said)

@@ -12,6 +12,7 @@ from cuda_cases import emulated_path, why_no_gpu
 
 from neo.runtime import cuda_kernels as ck
 from neo.runtime import cuda_library as c
+from neo.runtime import cuda_transfers as ct
 from neo.runtime.cpu_library import Sized
 
 
@@ -132,11 +133,6 @@ def post(**fields: Any) -> c.Post:
     return c.Post(**good | fields)
 
 
-def ahead(**fields: Any) -> Any:
-    good = {"data": HERE, "stride": 256, "rows": 3, "bytes": 128}
-    return ctypes.pointer(c.Ahead(**good | fields))
-
-
 def wait(**fields: Any) -> c.Await:
     good: dict[str, Any] = {
         "channel": channel(), "packed": HERE, "packed_stride": 64, "out": HERE, "out_stride": 64, "rows": 2,
@@ -176,12 +172,6 @@ REFUSED: list[tuple[str, Sized, str]] = [
     ("silu_mul", silu(rows=-2), "rows is -2"),
     ("silu_mul", silu(out=0), "must not be NULL"),
     ("silu_mul", silu(out=HERE + 8), "aligned to 16"),
-    ("decode_attention", decode(ahead=ahead(size=3)), "ahead has size 3"),
-    ("decode_attention", decode(ahead=ahead(rows=-1)), "ahead: rows is -1"),
-    ("add_rms_norm", norm(ahead=ahead(data=HERE + 8)), "ahead: data must be aligned"),
-    ("add_rms_norm", norm(ahead=ahead(data=0)), "ahead: data must be aligned to 16 bytes, not NULL"),
-    ("silu_mul", silu(ahead=ahead(bytes=24)), "ahead: bytes is 24"),
-    ("silu_mul", silu(ahead=ahead(stride=112)), "ahead: stride is 112, must be .* at least 128"),
     ("rope_angles", angles(head_dim=65), "head_dim is 65"),
     ("rope_angles", angles(rows=1 << 30), "too many"),
     ("rope_angles", angles(positions=0), "positions and frequencies"),
@@ -271,4 +261,4 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="gate_up is"):
         ck.silu_mul(q[0], q[1])
     with pytest.raises(ValueError, match="must agree"):
-        ck.copy_blocks(blocks, blocks.half(), ints, ints)
+        ct.copy_blocks(blocks, blocks.half(), ints, ints)

@@ -164,6 +164,20 @@ def test_our_own_kernel_is_taken_where_it_is_faster(
     assert calls == ([8, 5, 5] if choice.own else [])
 
 
+def test_plans_made_before_can_be_turned_off(fake: type[FakePlan]) -> None:
+    family = layers(24, 16)
+    products = Products([family])
+    products.prepare(8)
+    products.prepare(3)
+    products.most_rows = 4
+    for rows in (8, 3):
+        multiply(products, rows, family)
+    assert {plan.size.rows: plan.calls for plan in fake.made} == {8: 0, 4: 0, 3: 1}
+    products.most_rows = 0
+    multiply(products, 3, family)
+    assert {plan.size.rows: plan.calls for plan in fake.made} == {8: 0, 4: 0, 3: 1}
+
+
 def test_without_cublaslt_everything_is_torchs(fake: type[FakePlan]) -> None:
     family = layers(24, 16)
     products = Products([family])

@@ -1,11 +1,10 @@
-"""Kernels that begin before the one ahead has ended, and weights that are fetched ahead of their product.
+"""Kernels that begin before the one ahead has ended.
 
 On a GPU these run as CUDA graphs and many times over, so that what is read too early has a chance to show.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -100,42 +99,3 @@ def test_attention_that_begins_while_tokens_are_appended(
                     layer,
                     row,
                 )
-
-
-@pytest.mark.parametrize("rows", [1, 3, 70])
-def test_what_is_fetched_ahead_changes_nothing(device: Device, rows: int) -> None:
-    width, inner, dim = 512, 1024, 64
-    x, y, both = (randn(rows, n, seed=n) for n in (width, width, 2 * inner))
-    case = paged([5 + 7 * i for i in range(rows)], torch.bfloat16, KV_HEADS, dim, 16)
-    q = randn(rows, HEADS, dim, seed=3)
-    matrix = device(randn(96, 520, seed=4))
-    found = []
-    for limit in (0, 96 * 256, 1 << 30):
-        fetched = ctypes.pointer(ck.ahead(matrix, limit))
-        hidden, normed = device(x.clone()), device(torch.zeros_like(x))
-        act, out = device(torch.zeros(rows, inner).bfloat16()), device(torch.zeros_like(q))
-        norm = ck.add_rms_norm(hidden, device(y), device(y[0].clone()), normed, 1e-5)
-        silu = ck.silu_mul(device(both), act)
-        cache = ck.cache_of(device(case.blocks), 16)
-        space = ck.decode_workspace(cache, rows, HEADS)
-        workspace = torch.zeros(space, dtype=torch.uint8, device=device.name)
-        attend = ck.decode(cache, device(q), out, device(case.tables), device(case.lengths), workspace)
-        for launch in (norm, silu, attend.attend):
-            launch.args.ahead = fetched if limit else None
-        attend.plan(device.stream)
-        for launch in (norm, silu, attend.attend):
-            launch(device.stream)
-        device.wait()
-        found.append([t.cpu() for t in (hidden, normed, act, out)])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-def test_whole_lines_of_every_row_are_fetched() -> None:
-    weight = torch.zeros(48, 1000, dtype=torch.bfloat16)  # 2000 bytes a row
-    ahead = ck.ahead(weight, 48 * 700)
-    assert (ahead.data, ahead.stride, ahead.rows, ahead.bytes) == (weight.data_ptr(), 2000, 48, 640)
-    assert ck.ahead(weight, 1 << 20).bytes == 1920
-    assert ck.ahead(weight, 48 * 100).rows == 0  # less than a line of each
-    assert ck.ahead(weight[:, 4:], 1 << 20).rows == 0  # not aligned
-    assert ck.ahead(torch.zeros(4, 1001, dtype=torch.bfloat16), 1 << 20).rows == 0

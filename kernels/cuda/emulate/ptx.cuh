@@ -127,6 +127,8 @@ template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_
             c[i] += A[i / 2][k] * B[k][i % 2];
 }
 
+inline void stay_packed(uint32_t (&)[4]) {}
+
 inline uint32_t load_acquire(const uint32_t *flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
 inline void store_release(uint32_t *flag, uint32_t value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
 inline uint64_t now_ns() {
@@ -138,15 +140,6 @@ inline uint64_t now_ns() {
 // Kernels run one after the other here.
 inline void await_previous() { emulator::await_previous(); }
 inline void release_next() {}
-inline void fetch_to_l2(const void *from, uint32_t bytes) {
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0 || bytes == 0) {
-        std::fprintf(stderr, "emulator: a fetch to L2 of %u bytes from %p\n", bytes, from);
-        std::abort();
-    }
-    volatile char seen = *static_cast<const char *>(from); // must be readable
-    seen = static_cast<const char *>(from)[bytes - 1];
-    static_cast<void>(seen);
-}
 
 // ---- blocks of a cluster ----
 

@@ -99,6 +99,11 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
 #endif
 }
 
+// To the compiler these may be other numbers from here on: it keeps in no registers what it has computed of them.
+__device__ __forceinline__ void stay_packed(uint32_t (&words)[4]) {
+    asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
+}
+
 // ---- numbers that device and host both see ----
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t *flag) {
@@ -131,16 +136,6 @@ __device__ __forceinline__ void await_previous() {
 __device__ __forceinline__ void release_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// So many bytes (a multiple of 16, from an aligned address) on their way into the L2 cache; nobody waits for them.
-__device__ __forceinline__ void fetch_to_l2(const void *from, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#else
-    for (uint32_t at = 0; at < bytes; at += 128)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char *>(from) + at) : "memory");
 #endif
 }
 
