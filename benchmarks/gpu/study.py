@@ -114,7 +114,7 @@ def main() -> None:
             random_prompts(workload, parts.spec.vocab, 0),
             TokenIds.random,
             ReplayOptions(0.0, None),
-            warmup=not rows,
+            warmup=True,
             timeline=0,
             bubbles=False,
         )

@@ -331,12 +331,16 @@ class MeasuredRun(Run["Replay"]):
     def prepare(self, stack: ExitStack, log: OpenLog, progress: Progress | None) -> Replay:
         """Warm up; make the engine, whose KV memory is reserved here."""
         from neo.runtime.replay import Replay, warm_up
+        from neo.runtime.warm import prepare_engine
 
         how = self.how
         if how.warmup:
             warm_up(how.parts, self.system)
-        engine = how.parts.engine(self.system, slices_of=sys.maxsize if how.bubbles else how.timeline)
+        slices = sys.maxsize if how.bubbles else how.timeline
+        engine = how.parts.engine(self.system, slices_of=slices)
         stack.callback(engine.close)
+        if how.warmup and not slices:  # of the engine's own steps, which these would count among
+            prepare_engine(engine, how.parts.spec)
         if note := _note(engine):
             print(f"note: {note}", file=sys.stderr)
         header = {

@@ -25,7 +25,7 @@ from neo.runtime import cuda_library
 from neo.runtime.block_tables import BlockTables, Copies
 from neo.runtime.cuda_graphs import Graphs, padded, valid_rows
 from neo.runtime.cuda_host import HostAttention, Submitted
-from neo.runtime.cuda_linear import Tuned
+from neo.runtime.cuda_linear import ROW_SIZES, Tuned
 from neo.runtime.cuda_memory import device_memory, pinned_memory
 from neo.runtime.cuda_operations import Operations, new_stream
 from neo.runtime.cuda_program import program, work_of
@@ -35,6 +35,8 @@ from neo.runtime.executor import FAULTS, Pending, Sample, StepTimes
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import StepInputs
+
+_MOST_PADDED = 512  # rows of a sub-batch in a graph: with more, launching one by one takes less than the step
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,12 @@ class CudaExecutor:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "kv_bytes": {"gpu": self.gpu.nbytes, "cpu": self.cpu.nbytes},
         }
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of decodes that steps are captured for, the first time one comes."""
+        most = min(_MOST_PADDED, self.options.max_decodes, self.options.max_rows)
+        return tuple([n for n in ROW_SIZES[1:] if n <= most]) if self.options.graphs else ()
 
     def describe(self) -> dict[str, Any]:
         """Device, threads, library and versions (JSON-serialisable); also of a closed executor."""
@@ -252,10 +260,11 @@ def _faults() -> Iterator[None]:
 
 
 def _only_decodes(plan: StepPlan, inputs: StepInputs) -> bool:
-    """Whether a step is decodes alone, each where its KV is, with nothing copied."""
+    """Whether a step is a few decodes alone, each where its KV is, with nothing copied."""
     if plan.moves or plan.evict:
         return False
-    return not any(b.chunks or len(b.stream) or len(b.late) for b in inputs.batches)
+    rows = max([len(b.tokens) for b in inputs.batches])
+    return rows <= _MOST_PADDED and not any(b.chunks or len(b.stream) or len(b.late) for b in inputs.batches)
 
 
 def _with_cpu(inputs: StepInputs) -> list[int]:

@@ -44,6 +44,7 @@ from neo.runtime.server.messages import (
 )
 from neo.runtime.server.watching import LiveRecord, StepWatch
 from neo.runtime.setup import EngineParts
+from neo.runtime.warm import prepare_engine
 from neo.system.config import System
 
 EXIT_INPUT, EXIT_FAILED = 2, 1
@@ -59,6 +60,7 @@ def build_engine(config: EngineConfig, record: RunRecord, log_file: TextIO | Non
     parts = EngineParts(config)
     system = parts.system()
     engine = parts.engine(system, record=record)
+    prepare_engine(engine, parts.spec)
     if log_file is not None:
         header = {
             **system.describe(),
