@@ -155,17 +155,18 @@ __global__ void __launch_bounds__(MANY_THREADS, MANY_CTAS) rope_append_many(cons
         cos.load(args.cos + row * D + d, BYTES);
         sin.load(args.sin + row * D + d, BYTES);
     }
-    const bool appends = first + heads > q_heads; // the same for all of the block
-    if (appends && threadIdx.x < TILE_ROWS)
-        targets[threadIdx.x] = target_of(args, static_cast<int>(blockIdx.y) * TILE_ROWS + static_cast<int>(threadIdx.x));
     await_previous();
     const T *const from = args.qkv + row * args.qkv_stride + d;
 #pragma unroll
     for (int i = 0; i < HEADS_OF_THREAD; i++)
         if (there && i * TOGETHER + mine < first + heads)
             of[i].load(from + (i * TOGETHER + mine) * D, BYTES);
-    if (appends)
+    const bool appends = first + heads > q_heads; // the same for all of the block
+    if (appends) { // one lookup behind the other: not ahead of the loads
+        if (threadIdx.x < TILE_ROWS)
+            targets[threadIdx.x] = target_of(args, static_cast<int>(blockIdx.y * TILE_ROWS + threadIdx.x));
         __syncthreads();
+    }
 #pragma unroll
     for (int i = 0; i < HEADS_OF_THREAD; i++) {
         const int head = i * TOGETHER + mine; // the same for all of a warp
