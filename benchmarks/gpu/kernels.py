@@ -13,12 +13,13 @@ import ctypes
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from neo.runtime import cpu_kernels, cpu_library
 from neo.runtime import cuda_kernels as ck
@@ -174,26 +175,24 @@ def small_kernels() -> list[dict[str, Any]]:
         slots = torch.zeros(rows, dtype=torch.int32, device="cuda")
         positions = torch.arange(rows, dtype=torch.int32, device="cuda")
         both, act = torch.randn(rows, 2 * inner, **kind), torch.empty(rows, inner, **kind)
-        launches = {
+        cache = ck.cache_of(blocks, 16)
+        parts = fused.view(rows, -1, dim).split([heads, kv_heads, kv_heads], 1)
+        shifted = positions.roll(-3)  # no tile of rows begins with a block
+        rotary: list[tuple[str, Sequence[Tensor], Tensor]] = [
+            ("rotary + append", (q, k, v), positions),
+            ("in place", parts, positions),
+            ("in place, shifted", parts, shifted),
+        ]
+        launches: dict[str, tuple[ck.Launch, int]] = {
             "add + RMSNorm": (ck.add_rms_norm(x, y, x[0].clone(), out, 1e-5), 4 * x.nbytes),
             "SiLU * up": (ck.silu_mul(both, act), both.nbytes + act.nbytes),
-            "rotary + append": (
-                ck.qkv_rope_append(
-                    ck.cache_of(blocks, 16),
-                    fused,
-                    ck.QkvWeights(),
-                    cos,
-                    sin,
-                    q,
-                    k,
-                    v,
-                    tables,
-                    slots,
-                    positions,
-                ),
-                2 * fused.nbytes + 2 * k.nbytes,
-            ),
         }
+        for name, to, at in rotary:
+            launch = ck.qkv_rope_append(
+                cache, fused, ck.QkvWeights(), cos, sin, *to, tables, slots, at
+            )  # fmt: skip
+            written = fused.nbytes - (0 if to[2] is v else v.nbytes)  # v stays where it is
+            launches[name] = launch, fused.nbytes + written + 2 * k.nbytes
         for name, (launch, size) in launches.items():
             took = seconds_of(launch)
             found.append({"kernel": name, "rows": rows, "us": took * 1e6, "bytes_per_s": size / took})
@@ -311,6 +310,14 @@ def once() -> None:
     host = torch.zeros(4, 4096, dtype=torch.float16, pin_memory=True)
     order = torch.tensor([2, 0, 1], dtype=torch.int32, device="cuda")
     ct.copy_blocks(x, host, order, order)()
+    for rows in (3, 540):  # a warp a head; 16 rows a block
+        fused, angle = torch.randn(rows, 8 * 128, device="cuda").half(), torch.randn(rows, 128, device="cuda")
+        parts = fused.view(rows, 8, 128).split([4, 2, 2], 1)
+        cache = ck.cache_of(torch.zeros(40, 2, 2, 128 * 16, device="cuda").half(), 16)
+        tables, slots = (torch.arange(40, device="cuda"), torch.zeros(rows, device="cuda"))
+        places = tables.int()[None], slots.int(), torch.arange(5, 5 + rows, device="cuda").int()
+        angles = angle.half(), angle.half()
+        ck.qkv_rope_append(cache, fused, ck.QkvWeights(), *angles, *parts, *places)()
     channel = ct.Channel()
     q = torch.randn(3, 4, 64, device="cuda").half()
     ct.post_rows(channel, q, q, q, host)()

@@ -26,11 +26,6 @@ template <int LANES> constexpr int HEADS_OF_BLOCK = HEADS_OF_THREAD * HEADS_AT_O
 
 constexpr int PAIRS = 4; // 16 bytes
 
-template <class T> __device__ __forceinline__ float2 unpack(uint32_t pair) {
-    T both[2];
-    memcpy(both, &pair, sizeof(pair));
-    return make_float2(to_float(both[0]), to_float(both[1]));
-}
 __device__ __forceinline__ float2 sum(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
 __device__ __forceinline__ float2 product(float2 a, float by, float2 b) { return make_float2(a.x * (by * b.x), a.y * (by * b.y)); }
 __device__ __forceinline__ float2 turned(float2 a, float2 b, float2 cos, float2 sin) {
@@ -66,22 +61,22 @@ struct Slice {
 // Bias, norm and, unless it is a head of v, rotation in fp32; rounded once. All lanes of a warp call it; LANES of them
 // share a head. `there`: whether this one has a slice. bias and norm: NULL or at the slice's first element.
 template <class T, int HALF, int LANES>
-__device__ __forceinline__ void turn(Slice &x, bool there, const T *bias, const T *norm, bool is_v, const Slice &cos,
-                                     const Slice &sin, float eps) {
+__device__ __forceinline__ void turn(Slice &x, bool there, const T *bias, const T *norm, bool is_v, Slice &cos,
+                                     Slice &sin, float eps) {
     constexpr int BYTES = HALF * static_cast<int>(sizeof(T));
     float2 low[PAIRS], high[PAIRS];
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
-        low[i] = unpack<T>(x.low[i]);
-        high[i] = unpack<T>(x.high[i]);
+        low[i] = unpack(x.low[i], T{});
+        high[i] = unpack(x.high[i], T{});
     }
     if (bias != nullptr && there) {
         Slice of;
         of.load(bias, BYTES);
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
-            low[i] = sum(low[i], unpack<T>(of.low[i]));
-            high[i] = sum(high[i], unpack<T>(of.high[i]));
+            low[i] = sum(low[i], unpack(of.low[i], T{}));
+            high[i] = sum(high[i], unpack(of.high[i], T{}));
         }
     }
     if (norm != nullptr) { // the same for all of a warp
@@ -98,26 +93,33 @@ __device__ __forceinline__ void turn(Slice &x, bool there, const T *bias, const 
             of.load(norm, BYTES);
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
-            low[i] = product(low[i], by, unpack<T>(of.low[i]));
-            high[i] = product(high[i], by, unpack<T>(of.high[i]));
+            low[i] = product(low[i], by, unpack(of.low[i], T{}));
+            high[i] = product(high[i], by, unpack(of.high[i], T{}));
+        }
+    }
+    if (!is_v) {
+        stay_packed(cos.low);
+        stay_packed(cos.high);
+        stay_packed(sin.low);
+        stay_packed(sin.high);
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            const float2 a = low[i], b = high[i];
+            low[i] = turned(a, b, unpack(cos.low[i], T{}), unpack(sin.low[i], T{}));
+            high[i] = turned(b, a, unpack(cos.high[i], T{}), unpack(sin.high[i], T{}));
         }
     }
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
-        const float2 a = low[i], b = high[i];
-        if (!is_v) {
-            low[i] = turned(a, b, unpack<T>(cos.low[i]), unpack<T>(sin.low[i]));
-            high[i] = turned(b, a, unpack<T>(cos.high[i]), unpack<T>(sin.high[i]));
-        }
         x.low[i] = pack(low[i].x, low[i].y, T{});
         x.high[i] = pack(high[i].x, high[i].y, T{});
     }
 }
 
 // Keys [head][row][d] of heads first_head and on to their planes: neighbouring lanes have neighbouring rows.
-template <class T>
+template <class T, int D>
 __device__ __forceinline__ void append_keys(const Qkv<T> &args, const T *keys, const Target *targets, int first, int heads) {
-    const int r = threadIdx.x % TILE_ROWS, D = args.head_dim;
+    const int r = threadIdx.x % TILE_ROWS;
     const Target target = targets[r];
     if (target.number < 0)
         return;
@@ -127,8 +129,11 @@ __device__ __forceinline__ void append_keys(const Qkv<T> &args, const T *keys, c
             continue;
         const T *const from = keys + (h * TILE_ROWS + r) * (D + KEY_PADDING);
         T *const to = plane_of(args, target, kv_head) + target.offset;
-        for (int d = threadIdx.x / TILE_ROWS; d < D; d += MANY_THREADS / TILE_ROWS)
+#pragma unroll
+        for (int i = 0; i < D; i += MANY_THREADS / TILE_ROWS) { // D is a multiple of that
+            const int d = i + static_cast<int>(threadIdx.x) / TILE_ROWS;
             to[d * args.block] = from[d];
+        }
     }
 }
 
@@ -155,17 +160,18 @@ __global__ void __launch_bounds__(MANY_THREADS, MANY_CTAS) rope_append_many(cons
         cos.load(args.cos + row * D + d, BYTES);
         sin.load(args.sin + row * D + d, BYTES);
     }
-    const bool appends = first + heads > q_heads; // the same for all of the block
-    if (appends && threadIdx.x < TILE_ROWS)
-        targets[threadIdx.x] = target_of(args, static_cast<int>(blockIdx.y) * TILE_ROWS + static_cast<int>(threadIdx.x));
     await_previous();
     const T *const from = args.qkv + row * args.qkv_stride + d;
 #pragma unroll
     for (int i = 0; i < HEADS_OF_THREAD; i++)
         if (there && i * TOGETHER + mine < first + heads)
             of[i].load(from + (i * TOGETHER + mine) * D, BYTES);
-    if (appends)
+    const bool appends = first + heads > q_heads; // the same for all of the block
+    if (appends) { // one lookup behind the other: not ahead of the loads
+        if (threadIdx.x < TILE_ROWS)
+            targets[threadIdx.x] = target_of(args, static_cast<int>(blockIdx.y * TILE_ROWS + threadIdx.x));
         __syncthreads();
+    }
 #pragma unroll
     for (int i = 0; i < HEADS_OF_THREAD; i++) {
         const int head = i * TOGETHER + mine; // the same for all of a warp
@@ -173,10 +179,6 @@ __global__ void __launch_bounds__(MANY_THREADS, MANY_CTAS) rope_append_many(cons
             continue;
         const bool is_q = head < q_heads, is_v = head >= v_first;
         const T *const norm = is_v ? nullptr : is_q ? args.q_norm : args.k_norm;
-        stay_packed(cos.low);
-        stay_packed(cos.high);
-        stay_packed(sin.low);
-        stay_packed(sin.high);
         turn<T, HALF, LANES>(of[i], there, args.bias == nullptr ? nullptr : args.bias + head * D + d,
                        norm == nullptr ? nullptr : norm + d, is_v, cos, sin, args.eps);
         if (!there)
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(MANY_THREADS, MANY_CTAS) rope_append_many(cons
     }
     if (appends && first < v_first) {
         __syncthreads();
-        append_keys(args, keys, targets, first, heads);
+        append_keys<T, D>(args, keys, targets, first, heads);
     }
 }
 

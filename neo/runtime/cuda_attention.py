@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,13 +100,9 @@ class Prefill:
     ) -> None:
         q = rows.q[at]
         if self.flash:
-            from torch.nn.attention import varlen
+            from torch.nn.attention.varlen import varlen_attn
 
-            operands = (q, k, v, *bounds, most_q, most_k)
-            if _WRITES_OUT:
-                varlen.varlen_attn_out(rows.out[at], *operands, window_size=_CAUSAL, **self._options())
-                return
-            out = varlen.varlen_attn(*operands, window_size=_CAUSAL, **self._options())
+            out = varlen_attn(q, k, v, *bounds, most_q, most_k, window_size=_CAUSAL, **self._options())
             assert isinstance(out, Tensor)
             rows.out[at] = out
             return
@@ -121,15 +116,14 @@ class Prefill:
         return {"enable_gqa": True} if self._gqa and _TELLS_GQA else {}
 
 
-def _varlen(name: str, parameter: str) -> bool:
-    """Whether this torch has such a function of attention over packed sequences, with such a parameter."""
+def _takes_gqa() -> bool:
+    import inspect
+
     try:
-        from torch.nn.attention import varlen
+        from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    function = getattr(varlen, name, None)
-    return function is not None and parameter in inspect.signature(function).parameters
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-_TELLS_GQA = _varlen("varlen_attn", "enable_gqa")
-_WRITES_OUT = _varlen("varlen_attn_out", "enable_gqa")  # into a given tensor: saves a copy
+_TELLS_GQA = _takes_gqa()
