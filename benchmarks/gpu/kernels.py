@@ -303,10 +303,6 @@ def once() -> None:
     x, w = torch.randn(3, 4096, device="cuda").half(), torch.ones(4096, device="cuda").half()
     ck.add_rms_norm(x, x.clone(), w, torch.empty_like(x), 1e-5)()
     ck.silu_mul(x, torch.empty(3, 2048, device="cuda").half())()
-    for rows, parts in ((3, 1), (64, 4)):
-        wide = torch.randn(rows, 520, device="cuda").half()
-        weight = torch.randn(1040, 520, device="cuda").half()
-        ck.project(wide, weight, None, torch.empty(rows, 1040, device="cuda").half(), parts)()
     host = torch.zeros(4, 4096, dtype=torch.float16, pin_memory=True)
     order = torch.tensor([2, 0, 1], dtype=torch.int32, device="cuda")
     ct.copy_blocks(x, host, order, order)()

@@ -31,7 +31,6 @@ template <class T, int D, int N>
 __global__ void __launch_bounds__(WARPS_OF_CTA * 32, CTAS_BY_REGISTERS<D, N>)
     attend(const __grid_constant__ Attention args) {
     NEO_DYNAMIC_SHARED(shared);
-    release_next();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int worker = blockIdx.x * WARPS_OF_CTA + warp;
     if (args.early == 0)

@@ -1,6 +1,6 @@
 /*
- * neo's kernels for NVIDIA GPUs: decode attention over a paged KV cache, matrix products of few rows and what stands between
- * those of a layer, copies of KV blocks between the tiers, and the hand-over of rows to the host and back.
+ * neo's kernels for NVIDIA GPUs: decode attention over a paged KV cache, what stands between the matrix products of
+ * a layer, copies of KV blocks between the tiers, and the hand-over of rows to the host and back.
  *
  * Plain C, meant for ctypes and for C launch loops. Nothing here throws, aborts, prints, allocates or waits for the
  * device. Every function that launches takes a `stream` (a cudaStream_t), is ordered by it alone and can be captured
@@ -126,32 +126,6 @@ neo_cuda_status neo_cuda_decode_workspace(const neo_cuda_decode *args, size_t *b
 /* Before the attention of a step's first layer. Reads lengths (q, out, tables, slots may be NULL). */
 neo_cuda_status neo_cuda_decode_plan(const neo_cuda_decode *args, void *stream);
 neo_cuda_status neo_cuda_decode_attention(const neo_cuda_decode *args, void *stream);
-
-/* ---- matrix products of few rows, by a kernel of our own ---- */
-
-/*
- * out[r] = weight x[r] + bias for up to 64 rows of FP16 or BF16, sums in fp32, from capability 8.0 on. Such a product
- * takes as long as reading the weight does: it is read once, and from capability 9.0 on its first part is on its way
- * before the kernel ahead on the stream has ended (which therefore must not be what writes the weight). Where columns are
- * few, clusters of blocks share them, each block takes a part of the width, and their sums are added in the order of the
- * parts: the same shape gives the same bits on the same device.
- */
-typedef struct neo_cuda_project {
-    size_t size;
-    const void *x;      /* [rows][width], aligned to 16 bytes */
-    const void *weight; /* [columns][width], aligned to 16 bytes */
-    const void *bias;   /* NULL or [columns] */
-    void *out;          /* [rows][columns], aligned to 8 bytes */
-    int64_t x_stride, weight_stride, out_stride; /* elements, multiples of 8, 8 and 4 */
-    int32_t rows;    /* 0 to 64 */
-    int32_t columns; /* a multiple of 16 */
-    int32_t width;   /* a multiple of 8 */
-    int32_t dtype;
-    int32_t parts;  /* of the width: 1, 2, 4 or 8; 0: the library's choice. More than 1 from capability 9.0 on */
-    int32_t stages; /* steps of 64 that a block has on their way or in use, 2 to 8; 0: the library's choice */
-} neo_cuda_project;
-
-neo_cuda_status neo_cuda_project_rows(const neo_cuda_project *args, void *stream);
 
 /* ---- between the matrix products ---- */
 

@@ -28,7 +28,6 @@ __global__ void __launch_bounds__(NORM_THREADS)
     add_rms_norm(T *hidden, const T *delta, const T *weight, T *out, int width, float eps) {
     using V = Vec<T>;
     __shared__ float sums[32];
-    release_next();
     const V *const weights = reinterpret_cast<const V *>(weight);
     V weight_first; // of a row of usual width all; of others' rest there are no registers
     if (static_cast<int>(threadIdx.x) < width / V::N)
@@ -78,7 +77,6 @@ template <> __device__ float exponential<float>(float x) { return expf(x); }
 template <class T>
 __global__ void __launch_bounds__(SILU_THREADS) silu_mul(const T *gate_up, T *out, int width) {
     using V = Vec<T>;
-    release_next();
     await_previous();
     const int chunk = blockIdx.y * SILU_THREADS + threadIdx.x;
     if (chunk >= width / V::N)

@@ -167,50 +167,6 @@ def decode(
     )
 
 
-def project(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    parts: int = 0,
-    stages: int = 0,
-) -> Launch:
-    """``out = x @ weight.T (+ bias)`` for x [rows <= 64, width], weight [columns, width], in 16 bits.
-
-    Rows of each may lie apart; what is needed of sizes and addresses, ``parts`` and ``stages`` (0: the
-    library's choice): see neo_cuda.h.
-    """
-    for name, tensor in (("x", x), ("weight", weight), ("out", out)):
-        float_rows(tensor, name, 2)
-    rows, width = x.shape
-    columns = len(weight)
-    if weight.shape[1] != width or out.shape != (rows, columns) or {weight.dtype, out.dtype} != {x.dtype}:
-        raise ValueError(
-            f"x is {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype}, "
-            f"out {tuple(out.shape)} {out.dtype}: must agree"
-        )
-    if bias is not None and (bias.shape != (columns,) or bias.dtype != x.dtype or not bias.is_contiguous()):
-        raise ValueError(
-            f"bias is {tuple(bias.shape)} {bias.dtype}, must be contiguous ({columns},) {x.dtype}"
-        )
-    args = c.Project(
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        bias=_pointer(bias),
-        out=out.data_ptr(),
-        x_stride=max(x.stride(0), width),
-        weight_stride=weight.stride(0),
-        out_stride=max(out.stride(0), columns),
-        rows=rows,
-        columns=columns,
-        width=width,
-        dtype=CODE[x.dtype],
-        parts=parts,
-        stages=stages,
-    )
-    return Launch("neo_cuda_project_rows", args, (x, weight, bias, out))
-
-
 def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> Launch:
     """``hidden += delta`` (unless None), ``out = norm(hidden) * weight``; [rows, width], contiguous."""
     rows, width = hidden.shape

@@ -85,27 +85,6 @@ class Decode(Sized):
     )
 
 
-class Project(Sized):
-    """``neo_cuda_project``."""
-
-    _fields_ = (
-        ("size", c_size_t),
-        ("x", c_void_p),
-        ("weight", c_void_p),
-        ("bias", c_void_p),
-        ("out", c_void_p),
-        ("x_stride", c_int64),
-        ("weight_stride", c_int64),
-        ("out_stride", c_int64),
-        ("rows", c_int32),
-        ("columns", c_int32),
-        ("width", c_int32),
-        ("dtype", c_int32),
-        ("parts", c_int32),
-        ("stages", c_int32),
-    )
-
-
 class Norm(Sized):
     """``neo_cuda_norm``."""
 
@@ -319,7 +298,6 @@ class Linear(Sized):
 LAUNCHES: dict[str, type[Sized]] = {
     "neo_cuda_decode_plan": Decode,
     "neo_cuda_decode_attention": Decode,
-    "neo_cuda_project_rows": Project,
     "neo_cuda_add_rms_norm": Norm,
     "neo_cuda_silu_mul": Silu,
     "neo_cuda_rope_angles": Angles,

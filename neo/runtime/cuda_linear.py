@@ -2,9 +2,8 @@
 
 With few rows a product is little but reading its weights, and which of cuBLASLt's kernels reads them fastest
 is found out by timing them (``neo_cuda_linear_tune``), once for every size that rows are padded to; numbers
-of rows between two sizes take the kernel of the larger one. Up to 64 rows our own kernel (`cuda_project`) is
-timed beside them. Everything else is torch's: fp32 (whose results are compared exactly), many rows, layouts
-that a plan cannot describe, and machines without cuBLASLt.
+of rows between two sizes take the kernel of the larger one. Everything else is torch's: fp32 (whose results
+are compared exactly), many rows, layouts that a plan cannot describe, and machines without cuBLASLt.
 
 A kernel gives the same bits every time. Which kernel is the fastest may differ from one process to the next,
 and results then differ by rounding.
@@ -16,14 +15,13 @@ import ctypes
 import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from neo.runtime import cuda_library as c
-from neo.runtime import cuda_project
 from neo.runtime.cuda_kernels import CODE
 from neo.runtime.weights import Weights
 
@@ -50,7 +48,6 @@ class Choice:
         candidates: kernels that were timed.
         chosen: 0 for cuBLASLt's own first choice.
         seconds, first_seconds: of one product with the kernel, and with cuBLASLt's first; 0: not tuned.
-        own_seconds: with our own, which is taken where that is less; 0: it was not timed.
     """
 
     candidates: int
@@ -63,12 +60,6 @@ class Choice:
     workspace_bytes: int
     seconds: float
     first_seconds: float
-    own_seconds: float = 0.0
-
-    @property
-    def own(self) -> bool:
-        """Whether our own kernel is the fastest."""
-        return 0 < self.own_seconds < self.seconds
 
 
 class Size(NamedTuple):
@@ -128,6 +119,7 @@ class Plan:
 
         The device should have nothing else to do. Waits for it; not while a graph is being captured.
         """
+        by = weights[0].numel() * weights[0].element_size()
         torch.cuda.current_stream().synchronize()  # what writes the operands must have ended
         c.check(
             c.load().neo_cuda_linear_tune(
@@ -139,7 +131,7 @@ class Plan:
                     out=out.data_ptr(),
                     workspace=self.args.workspace,
                     weight_count=len(weights),
-                    launches=_launches(weights[0]),
+                    launches=min(_MOST_LAUNCHES, max(2, -(-_READ // by))),
                 )
             )
         )
@@ -170,12 +162,6 @@ class Plan:
         status = self._launch(args, torch.cuda.current_stream().cuda_stream)
         if status:
             c.check(status)
-
-
-def _launches(weight: Tensor) -> int:
-    """Of products with such weights in one measurement."""
-    by = weight.numel() * weight.element_size()
-    return min(_MOST_LAUNCHES, max(2, -(-_READ // by)))
 
 
 def torch_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -209,7 +195,7 @@ class Products:
         self._families = families
         self.most_rows = most_rows
         self.choices: dict[Size, Choice] = {}
-        self._plans: dict[Size, Plan | cuda_project.Kernel | None] = {}  # None: torch's
+        self._plans: dict[Size, Plan | None] = {}  # None: torch's
         self._tuned: set[int] = set()
         self._workspace: Tensor | None = None
         self.why_not = ""
@@ -243,17 +229,11 @@ class Products:
         out = torch.empty((size.rows, size.out), dtype=size.dtype, device=device)
         try:
             plan = Plan(size, self._workspace)
-            choice = plan.tune(x, weights, bias, out)
+            self.choices[size] = plan.tune(x, weights, bias, out)
         except c.CudaKernelError as error:
             self.why_not = str(error)
             return
-        self._plans[size], self.choices[size] = plan, choice
-        if cuda_project.usable(size.rows, size.out, size.in_):
-            kernel = cuda_project.Kernel(size.out, size.in_, size.dtype)
-            took = kernel.seconds(x, weights, bias, out, _launches(weights[0]))
-            self.choices[size] = choice = replace(choice, own_seconds=took)
-            if choice.own:
-                self._plans[size] = kernel
+        self._plans[size] = plan
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``out = x @ weight.T (+ bias)``; x [rows, in], weight [out, in], out [rows, out]."""
@@ -269,21 +249,18 @@ class Products:
         self(x, weight, None, out)
         return out
 
-    def _plan(self, size: Size) -> Plan | cuda_project.Kernel | None:
+    def _plan(self, size: Size) -> Plan | None:
         if padded_rows(size.rows) > self.most_rows:  # it may have become less since
             return None
         return self._plans[size] if size in self._plans else self._between(size)
 
-    def _between(self, size: Size) -> Plan | cuda_project.Kernel | None:
+    def _between(self, size: Size) -> Plan | None:
         """The plan of a size that was not tuned itself, by the next that was padded to."""
         padded = padded_rows(size.rows)
         if padded not in self._tuned:
             return None  # not yet
         tuned = self._plans.get(size._replace(rows=padded))
         plan = None
-        if isinstance(tuned, cuda_project.Kernel):
-            self._plans[size] = tuned
-            return tuned
         if tuned is not None and self._workspace is not None and padded != size.rows:
             try:
                 plan = Plan(size, self._workspace, like=tuned)

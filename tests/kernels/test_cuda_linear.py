@@ -12,7 +12,7 @@ from cuda_cases import EPSILON, emulated_path, why_no_gpu
 from torch import Tensor
 
 from neo.runtime import cuda_library as c
-from neo.runtime import cuda_linear, cuda_project
+from neo.runtime import cuda_linear
 from neo.runtime.cuda_linear import ROW_SIZES, Choice, Plan, Products, Size, padded_rows
 
 BF16 = torch.bfloat16
@@ -131,37 +131,6 @@ def test_rows_tuned_later_are_taken_then(fake: type[FakePlan]) -> None:
     multiply(products, 5, family)
     assert [plan.size.rows for plan in fake.made] == [8, 5]
     assert fake.made[1].calls == 1
-
-
-@pytest.mark.parametrize("seconds", [0.9e-6, 1.1e-6])  # the library's takes 1 us
-def test_our_own_kernel_is_taken_where_it_is_faster(
-    fake: type[FakePlan], monkeypatch: pytest.MonkeyPatch, seconds: float
-) -> None:
-    calls: list[int] = []
-
-    class FakeKernel:
-        def __init__(self, columns: int, width: int, dtype: torch.dtype) -> None:
-            assert (columns, width, dtype) == (32, 16, BF16)
-
-        def seconds(self, x: Tensor, weights: Sequence[Tensor], *_: object) -> float:
-            assert x.shape == (8, 16)
-            assert len(weights) == 3
-            return seconds
-
-        def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-            calls.append(len(x))
-            cuda_linear.torch_product(x, weight, bias, out)
-
-    monkeypatch.setattr(cuda_project, "Kernel", FakeKernel)
-    monkeypatch.setattr(cuda_project, "usable", lambda rows, columns, width: True)
-    family = layers(32, 16)
-    products = Products([family])
-    products.prepare(8)
-    for rows in (8, 5, 5):
-        multiply(products, rows, family)
-    (choice,) = products.choices.values()
-    assert choice.own == (seconds < 1e-6)
-    assert calls == ([8, 5, 5] if choice.own else [])
 
 
 def test_plans_made_before_can_be_turned_off(fake: type[FakePlan]) -> None:

@@ -1,7 +1,7 @@
 // CUDA for the emulator: what the kernels of this folder use of the language and of its runtime, on the CPU.
 //
-// A thread of the device is a fiber; blocks (clusters) run one after the other, fibers of a block in turn, each until it
-// must wait for others. Copies into shared memory happen when they are waited for, not when they are asked for, so that a missing
+// A thread of the device is a fiber; blocks run one after the other, fibers of a block in turn, each until it must wait
+// for others. Copies into shared memory happen when they are waited for, not when they are asked for, so that a missing
 // wait shows. It finds wrong indices, masks and merges on any machine; races and speed it cannot show.
 #pragma once
 
@@ -43,18 +43,14 @@ struct Place {
 extern Place place; // of the fiber that runs
 
 void sync_block();
-void sync_cluster();
 void sync_warp();
 // Every lane gives 16 bytes and sees those of all 32; valid until the lane's next exchange but one.
 using Lanes = const char (*)[16];
 Lanes exchange(const void *mine, size_t bytes);
 // `overlapping`: the kernel may begin before the one ahead has ended, so every thread must wait for that one, once at least.
-// `cluster`: blocks that run at once, neighbours in x.
-void run(dim3 grid, unsigned threads, size_t shared_bytes, bool overlapping, const std::function<void()> &kernel,
-         unsigned cluster = 1);
+void run(dim3 grid, unsigned threads, size_t shared_bytes, bool overlapping, const std::function<void()> &kernel);
 void await_previous();
 char *dynamic_shared();
-char *dynamic_shared_of(unsigned block); // of the cluster
 // Copies that have been asked for, by this fiber.
 void ask_copy(void *to, const void *from, bool valid);
 void end_group();

@@ -54,32 +54,26 @@ struct Fiber {
 };
 
 struct Block {
-    Barrier barrier;
-    std::vector<char> shared;
-};
-
-// What runs at once: a block, or the blocks of a cluster.
-struct Cluster {
-    std::vector<Block> blocks;
-    std::vector<Fiber> fibers; // a block's after another's
+    std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     Barrier barrier;
+    std::vector<char> shared;
     const std::function<void()> *kernel = nullptr;
     bool overlapping = false;
-    unsigned running = 0, threads = 0, warps_of_block = 0; // threads: of a block
+    unsigned running = 0;
     jmp_buf scheduler;
 };
 
-Cluster cluster;
+Block block;
 std::mutex one_at_a_time;
 
 void yield() {
-    if (_setjmp(cluster.fibers[cluster.running].here) == 0)
-        _longjmp(cluster.scheduler, 1);
+    if (_setjmp(block.fibers[block.running].here) == 0)
+        _longjmp(block.scheduler, 1);
 }
 
 void wait(Barrier &barrier) {
-    Fiber &fiber = cluster.fibers[cluster.running];
+    Fiber &fiber = block.fibers[block.running];
     const uint64_t generation = barrier.generation;
     barrier.arrived++;
     barrier.open_if_complete();
@@ -90,20 +84,17 @@ void wait(Barrier &barrier) {
     yield();
 }
 
-unsigned thread() { return cluster.running % cluster.threads; }
-Block &block() { return cluster.blocks[cluster.running / cluster.threads]; }
-Warp &warp() {
-    return cluster.warps[cluster.running / cluster.threads * cluster.warps_of_block + thread() / LANES];
-}
+Warp &warp() { return block.warps[block.running / LANES]; }
 
 void body() {
-    (*cluster.kernel)();
-    cluster.fibers[cluster.running].over = true;
-    for (Barrier *barrier : {&warp().barrier, &block().barrier, &cluster.barrier}) {
+    (*block.kernel)();
+    const unsigned me = block.running;
+    block.fibers[me].over = true;
+    for (Barrier *barrier : {&warp().barrier, &block.barrier}) {
         barrier->expected--;
         barrier->open_if_complete();
     }
-    _longjmp(cluster.scheduler, 1);
+    _longjmp(block.scheduler, 1);
 }
 
 void start(Fiber &fiber) {
@@ -119,52 +110,40 @@ void start(Fiber &fiber) {
 
 // Lets a fiber run until it waits or ends.
 void resume(Fiber &fiber) {
-    if (_setjmp(cluster.scheduler) != 0)
+    if (_setjmp(block.scheduler) != 0)
         return;
     if (fiber.started)
         _longjmp(fiber.here, 1);
     start(fiber);
 }
 
-// Fibers and barriers as they are when the blocks begin.
-void prepare() {
-    for (Warp &one : cluster.warps)
+void run_block(unsigned threads) {
+    for (Warp &one : block.warps)
         one.barrier = Barrier{};
-    for (Block &one : cluster.blocks) {
-        one.barrier = Barrier{};
-        one.barrier.expected = cluster.threads;
-    }
-    cluster.barrier = Barrier{};
-    cluster.barrier.expected = cluster.threads * static_cast<unsigned>(cluster.blocks.size());
-    for (cluster.running = 0; cluster.running < cluster.barrier.expected; cluster.running++) {
-        Fiber &fiber = cluster.fibers[cluster.running];
+    block.barrier = Barrier{};
+    block.barrier.expected = threads;
+    for (unsigned i = 0; i < threads; i++) {
+        Fiber &fiber = block.fibers[i];
         fiber.started = fiber.over = fiber.awaited = false;
         fiber.waits_for = nullptr;
         fiber.exchanges = 0;
         fiber.pending.clear();
         fiber.groups = 0;
-        warp().barrier.expected++;
+        block.warps[i / LANES].barrier.expected++;
     }
-}
-
-// The blocks from this one on in x.
-void run_cluster(unsigned first) {
-    prepare();
-    const unsigned fibers = cluster.barrier.expected;
-    for (unsigned left = fibers; left > 0;) {
+    for (unsigned left = threads; left > 0;) {
         bool moved = false;
-        for (unsigned i = 0; i < fibers; i++) {
-            Fiber &fiber = cluster.fibers[i];
+        for (unsigned i = 0; i < threads; i++) {
+            Fiber &fiber = block.fibers[i];
             if (fiber.over || (fiber.waits_for != nullptr && fiber.waits_for->generation == fiber.generation))
                 continue;
             fiber.waits_for = nullptr;
-            cluster.running = i;
-            emulator::place.thread.x = thread();
-            emulator::place.block.x = first + i / cluster.threads;
+            block.running = i;
+            emulator::place.thread.x = i;
             resume(fiber);
             moved = true;
             left -= fiber.over ? 1 : 0;
-            if (fiber.over && cluster.overlapping && !fiber.awaited) {
+            if (fiber.over && block.overlapping && !fiber.awaited) {
                 std::fputs("emulator: a thread ended that has not waited for the kernel ahead\n", stderr);
                 std::abort();
             }
@@ -178,30 +157,28 @@ void run_cluster(unsigned first) {
 
 } // namespace
 
-void emulator::await_previous() { cluster.fibers[cluster.running].awaited = true; }
-void emulator::sync_block() { wait(block().barrier); }
-void emulator::sync_cluster() { wait(cluster.barrier); }
+void emulator::await_previous() { block.fibers[block.running].awaited = true; }
+void emulator::sync_block() { wait(block.barrier); }
 void emulator::sync_warp() { wait(warp().barrier); }
-char *emulator::dynamic_shared() { return block().shared.data(); }
-char *emulator::dynamic_shared_of(unsigned index) { return cluster.blocks.at(index).shared.data(); }
+char *emulator::dynamic_shared() { return block.shared.data(); }
 
 // Two places in turn: nobody writes one again before all have left the exchange between.
 emulator::Lanes emulator::exchange(const void *mine, size_t bytes) {
-    auto &lanes = warp().lanes[cluster.fibers[cluster.running].exchanges++ % 2];
-    std::memcpy(lanes[thread() % LANES], mine, bytes);
+    auto &lanes = warp().lanes[block.fibers[block.running].exchanges++ % 2];
+    std::memcpy(lanes[block.running % LANES], mine, bytes);
     wait(warp().barrier);
     return lanes;
 }
 
 void emulator::ask_copy(void *to, const void *from, bool valid) {
-    Fiber &fiber = cluster.fibers[cluster.running];
+    Fiber &fiber = block.fibers[block.running];
     fiber.pending.push_back(Pending{to, from, valid, fiber.groups});
 }
 
-void emulator::end_group() { cluster.fibers[cluster.running].groups++; }
+void emulator::end_group() { block.fibers[block.running].groups++; }
 
 void emulator::await_groups(int pending) {
-    Fiber &fiber = cluster.fibers[cluster.running];
+    Fiber &fiber = block.fibers[block.running];
     size_t done = 0;
     for (; done < fiber.pending.size() && fiber.pending[done].group < fiber.groups - pending; done++) {
         const Pending &copy = fiber.pending[done];
@@ -214,23 +191,19 @@ void emulator::await_groups(int pending) {
 }
 
 void emulator::run(dim3 grid, unsigned threads, size_t shared_bytes, bool overlapping,
-                   const std::function<void()> &kernel, unsigned blocks) {
+                   const std::function<void()> &kernel) {
     const std::lock_guard<std::mutex> lock(one_at_a_time);
-    if (cluster.fibers.size() < threads * blocks)
-        cluster.fibers.resize(threads * blocks);
-    cluster.threads = threads;
-    cluster.warps_of_block = (threads + LANES - 1) / LANES;
-    cluster.warps.resize(cluster.warps_of_block * blocks);
-    cluster.blocks.resize(blocks);
-    for (Block &one : cluster.blocks)
-        one.shared.assign(shared_bytes + 1, static_cast<char>(0xff)); // NaN in every type
-    cluster.kernel = &kernel;
-    cluster.overlapping = overlapping;
+    if (block.fibers.size() < threads)
+        block.fibers.resize(threads);
+    block.warps.resize((threads + LANES - 1) / LANES);
+    block.shared.assign(shared_bytes + 1, static_cast<char>(0xff)); // NaN in every type
+    block.kernel = &kernel;
+    block.overlapping = overlapping;
     place = Place{dim3(0, 0, 0), dim3(0, 0, 0), dim3(threads), grid};
     for (place.block.z = 0; place.block.z < grid.z; place.block.z++)
         for (place.block.y = 0; place.block.y < grid.y; place.block.y++)
-            for (unsigned first = 0; first < grid.x; first += blocks)
-                run_cluster(first);
+            for (place.block.x = 0; place.block.x < grid.x; place.block.x++)
+                run_block(threads);
 }
 
 // Few multiprocessors, so that little work is cut often.

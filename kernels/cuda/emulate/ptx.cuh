@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "../device.h"
 #include "../numbers.cuh"
 
 namespace neo {
@@ -71,18 +70,6 @@ inline void load_transposed(uint32_t (&a)[4], uint32_t address) {
     }
 }
 
-inline void load_matrices(uint32_t (&a)[4], uint32_t address) {
-    const emulator::Lanes lanes = emulator::exchange(&address, sizeof(address));
-    const int lane = threadIdx.x % 32;
-    for (int i = 0; i < 4; i++) {
-        uint32_t taken = 0;
-        for (int r = 0; r < 8; r++)
-            need_banks_apart(taken, emulator::from_lane<uint32_t>(lanes, 8 * i + r), "ldmatrix");
-        const uint32_t row = emulator::from_lane<uint32_t>(lanes, 8 * i + lane / 4);
-        std::memcpy(&a[i], emulator::dynamic_shared() + row + lane % 4 * 4, 4);
-    }
-}
-
 inline uint32_t transpose(uint32_t a) {
     const emulator::Lanes lanes = emulator::exchange(&a, sizeof(a));
     const int lane = threadIdx.x % 32;
@@ -140,24 +127,6 @@ inline uint64_t now_ns() {
 // Kernels run one after the other here.
 inline void await_previous() { emulator::await_previous(); }
 inline void release_next() {}
-
-// ---- blocks of a cluster ----
-
-inline void sync_cluster() { emulator::sync_cluster(); }
-inline float4 load_shared_of(uint32_t address, uint32_t block) {
-    float4 x;
-    std::memcpy(&x, emulator::dynamic_shared_of(block) + address, sizeof(x));
-    return x;
-}
-inline bool knows_overlap(int) { return true; }
-inline bool overlaps(const Device &) { return true; }
-template <class... Parameters> int clusters_at_once(void (*)(Parameters...), unsigned, int, size_t) { return 3; }
-
-template <class... Parameters, class... Args>
-void launch_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
-                     unsigned cluster, bool overlapping, const Args &...args) {
-    emulator::run(grid, static_cast<unsigned>(threads), shared_bytes, overlapping, [&] { kernel(args...); }, cluster);
-}
 
 template <class... Parameters, class... Args>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,

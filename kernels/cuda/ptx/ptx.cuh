@@ -58,14 +58,6 @@ __device__ __forceinline__ void load_transposed(uint32_t (&a)[4], uint32_t addre
                  : "memory");
 }
 
-// The same, each as it lies there.
-__device__ __forceinline__ void load_matrices(uint32_t (&a)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(address)
-                 : "memory");
-}
-
 // An 8x8 matrix that a warp holds, transposed.
 __device__ __forceinline__ uint32_t transpose(uint32_t a) {
     uint32_t b;
@@ -139,29 +131,6 @@ __device__ __forceinline__ void release_next() {
 #endif
 }
 
-// ---- blocks of a cluster, from sm_90 on ----
-
-// Until all threads of the cluster are here; what they wrote to shared memory is then to be seen by all of them.
-__device__ __forceinline__ void sync_cluster() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
-
-// 16 bytes at this address of the shared memory of a block of the cluster.
-__device__ __forceinline__ float4 load_shared_of(uint32_t address, uint32_t block) {
-    float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-#if __CUDA_ARCH__ >= 900
-    uint32_t there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-                 : "r"(there)
-                 : "memory");
-#endif
-    return x;
-}
-
 // ---- launches ----
 
 template <class... Parameters, class... Args>
@@ -180,67 +149,28 @@ inline bool knows_overlap(int capability) noexcept {
     return false;
 }
 
-// Whether launches on this device are to begin before the kernel ahead has ended.
-inline bool overlaps(const Device &device) noexcept { return overlap_wanted() && knows_overlap(device.capability); }
-
-// The blocks in clusters of so many (1: none, else needs sm_90). `overlapping`: of a kernel that calls await_previous()
-// before it reads what others may have just written, and before it writes. It and the one ahead share multiprocessors only
-// where both have these divided alike between L1 and shared memory.
+// Of a kernel that calls await_previous() before it reads what others may have just written, and before it writes. It
+// and the one ahead share multiprocessors only where both have these divided alike between L1 and shared memory.
 template <class... Parameters, class... Args>
-void launch_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
-                     unsigned cluster, bool overlapping, const Args &...args) {
-    cudaLaunchAttribute attributes[2]{};
+void launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
+                        const Args &...args) {
+    Device device{};
+    if (!overlap_wanted() || current_device(device) != NEO_CUDA_OK || !knows_overlap(device.capability)) {
+        launch_kernel(kernel, grid, threads, shared_bytes, stream, args...);
+        return;
+    }
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    config.attrs = attributes;
-    if (overlapping) {
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (cluster > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs].val.clusterDim.x = cluster;
-        attributes[config.numAttrs].val.clusterDim.y = 1;
-        attributes[config.numAttrs++].val.clusterDim.z = 1;
-    }
-    cudaLaunchKernelEx(&config, kernel, args...); // its error is the last one, for the caller to ask for
-}
-
-// How many clusters of so many blocks the device holds at once; 0: none, or it has no clusters.
-template <class... Parameters>
-int clusters_at_once(void (*kernel)(Parameters...), unsigned cluster, int threads, size_t shared_bytes) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(cluster);
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = shared_bytes;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    int count = 0;
-    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) {
-        static_cast<void>(cudaGetLastError()); // not the caller's
-        return 0;
-    }
-    return count;
-}
-
-// Of such a kernel, where the device and this library can do it.
-template <class... Parameters, class... Args>
-void launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
-                        const Args &...args) {
-    Device device{};
-    if (current_device(device) != NEO_CUDA_OK || !overlaps(device)) {
-        launch_kernel(kernel, grid, threads, shared_bytes, stream, args...);
-        return;
-    }
-    launch_clusters(kernel, grid, threads, shared_bytes, stream, 1, true, args...);
+    cudaLaunchKernelEx(&config, kernel, args...); // its error is the last one, for the caller to ask for
 }
 
 } // namespace neo
