@@ -11,7 +11,7 @@ root=$(pwd)
 out=${1:-out/gpu}
 skip=${SKIP:-}
 mkdir -p "$out"
-export PYTHONPATH="$root" PYTHONUNBUFFERED=1
+export PYTHONPATH="$root:${PYTHONPATH:-}" PYTHONUNBUFFERED=1
 status=0
 
 wanted() { case " $skip " in *" $1 "*) return 1 ;; esac; }
