@@ -119,6 +119,14 @@ def to_corners(entry: dict[str, Any]) -> dict[str, Any]:
     return {"axes": axes | {second: [0, *axes[second]]}, "seconds": seconds.tolist()}
 
 
+def from_nothing(entry: dict[str, Any]) -> dict[str, Any]:
+    """A one-axis table down to size 0, at what its first size takes: a step's share of a copy may be less."""
+    ((name, sizes),) = entry["axes"].items()
+    if sizes[0] == 0:
+        return entry
+    return {"axes": {name: [0, *sizes]}, "seconds": [entry["seconds"][0], *entry["seconds"]]}
+
+
 def to_corner(entry: dict[str, Any]) -> dict[str, Any]:
     """The same of a one-axis table."""
     ((name, sizes),) = entry["axes"].items()

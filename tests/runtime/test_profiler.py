@@ -113,7 +113,11 @@ def test_the_table_says_where_it_comes_from(document: Document) -> None:
     assert 0 <= about["spread"] < 10
     assert (document["model"]["name"], document["model"]["layers"], document["tp"]) == ("tiny", 2, 1)
     assert document["dtype"] == "float32"
-    assert document["contention"]["copy_bandwidth"] > 0
+    contention = document["contention"]
+    assert contention["copy_bandwidth"] > 0
+    assert contention["source"].startswith("measured: CPU attention alone and beside copies")
+    assert 0 < contention["cpu_share_beside_copy"] <= 1
+    assert 0 < contention["copy_share_duplex"] <= 1
 
 
 def test_the_page_names_what_the_table_says_of_itself(document: Document) -> None:
