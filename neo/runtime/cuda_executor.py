@@ -141,6 +141,10 @@ class CudaExecutor:
         self._unpin()
         config = self.model.config
         self._graphs.clear()
+        self._main.synchronize()
+        if self.gpu.tensor.is_cuda:  # now, not when the last reference has gone: the next engine needs it
+            self.gpu.tensor.untyped_storage().resize_(0)
+            torch.cuda.empty_cache()
         self.gpu = self.cpu = KVMemory.allocate(
             0, config.kv_heads, config.head_dim, self.tables.block_size, self.model.dtype
         )
