@@ -13,16 +13,18 @@ import ctypes
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from neo.runtime import cpu_kernels, cpu_library
 from neo.runtime import cuda_kernels as ck
 from neo.runtime import cuda_library as c
+from neo.runtime import cuda_transfers as ct
 from neo.runtime.cpu_worker import Worker
 
 GB = 1e9
@@ -173,26 +175,24 @@ def small_kernels() -> list[dict[str, Any]]:
         slots = torch.zeros(rows, dtype=torch.int32, device="cuda")
         positions = torch.arange(rows, dtype=torch.int32, device="cuda")
         both, act = torch.randn(rows, 2 * inner, **kind), torch.empty(rows, inner, **kind)
-        launches = {
+        cache = ck.cache_of(blocks, 16)
+        parts = fused.view(rows, -1, dim).split([heads, kv_heads, kv_heads], 1)
+        shifted = positions.roll(-3)  # no tile of rows begins with a block
+        rotary: list[tuple[str, Sequence[Tensor], Tensor]] = [
+            ("rotary + append", (q, k, v), positions),
+            ("in place", parts, positions),
+            ("in place, shifted", parts, shifted),
+        ]
+        launches: dict[str, tuple[ck.Launch, int]] = {
             "add + RMSNorm": (ck.add_rms_norm(x, y, x[0].clone(), out, 1e-5), 4 * x.nbytes),
             "SiLU * up": (ck.silu_mul(both, act), both.nbytes + act.nbytes),
-            "rotary + append": (
-                ck.qkv_rope_append(
-                    ck.cache_of(blocks, 16),
-                    fused,
-                    ck.QkvWeights(),
-                    cos,
-                    sin,
-                    q,
-                    k,
-                    v,
-                    tables,
-                    slots,
-                    positions,
-                ),
-                2 * fused.nbytes + 2 * k.nbytes,
-            ),
         }
+        for name, to, at in rotary:
+            launch = ck.qkv_rope_append(
+                cache, fused, ck.QkvWeights(), cos, sin, *to, tables, slots, at
+            )  # fmt: skip
+            written = fused.nbytes - (0 if to[2] is v else v.nbytes)  # v stays where it is
+            launches[name] = launch, fused.nbytes + written + 2 * k.nbytes
         for name, (launch, size) in launches.items():
             took = seconds_of(launch)
             found.append({"kernel": name, "rows": rows, "us": took * 1e6, "bytes_per_s": size / took})
@@ -218,8 +218,8 @@ def copies(blocks: int = 4096, elements: int = 32768) -> list[dict[str, Any]]:
     found = []
     for name, way in ways.items():
         lists = way.pop("lists")
-        out = ck.copy_blocks(device, pinned, *lists, **way)
-        back = ck.copy_blocks(pinned, device, *lists, **way)
+        out = ct.copy_blocks(device, pinned, *lists, **way)
+        back = ct.copy_blocks(pinned, device, *lists, **way)
         side = torch.cuda.Stream()
 
         def both(out: ck.Launch = out, back: ck.Launch = back, side: torch.cuda.Stream = side) -> None:
@@ -250,9 +250,9 @@ def handovers(layers: int = 32) -> list[dict[str, Any]]:
             packed = torch.zeros(shape, dtype=torch.bfloat16, pin_memory=True)
             answers = torch.zeros(max(rows, 1), heads * dim, dtype=torch.bfloat16, pin_memory=True)
             out = torch.empty(rows, heads * dim, **kind)
-            channel = ck.Channel()
-            post = ck.post_rows(channel, q, k, v, packed)
-            wait = ck.await_rows(channel, answers, out, timeout_s=5)
+            channel = ct.Channel()
+            post = ct.post_rows(channel, q, k, v, packed)
+            wait = ct.await_rows(channel, answers, out, timeout_s=5)
             ctypes.c_uint32.from_address(channel.answer).value = 1
             post()  # once outside of a graph, for the driver to load the kernels
             wait()
@@ -305,13 +305,21 @@ def once() -> None:
     ck.silu_mul(x, torch.empty(3, 2048, device="cuda").half())()
     host = torch.zeros(4, 4096, dtype=torch.float16, pin_memory=True)
     order = torch.tensor([2, 0, 1], dtype=torch.int32, device="cuda")
-    ck.copy_blocks(x, host, order, order)()
-    channel = ck.Channel()
+    ct.copy_blocks(x, host, order, order)()
+    for rows in (3, 540):  # a warp a head; 16 rows a block
+        fused, angle = torch.randn(rows, 8 * 128, device="cuda").half(), torch.randn(rows, 128, device="cuda")
+        parts = fused.view(rows, 8, 128).split([4, 2, 2], 1)
+        cache = ck.cache_of(torch.zeros(40, 2, 2, 128 * 16, device="cuda").half(), 16)
+        tables, slots = (torch.arange(40, device="cuda"), torch.zeros(rows, device="cuda"))
+        places = tables.int()[None], slots.int(), torch.arange(5, 5 + rows, device="cuda").int()
+        angles = angle.half(), angle.half()
+        ck.qkv_rope_append(cache, fused, ck.QkvWeights(), *angles, *parts, *places)()
+    channel = ct.Channel()
     q = torch.randn(3, 4, 64, device="cuda").half()
-    ck.post_rows(channel, q, q, q, host)()
+    ct.post_rows(channel, q, q, q, host)()
     torch.cuda.synchronize()
     ctypes.c_uint32.from_address(channel.answer).value = 1
-    ck.await_rows(channel, host, x, timeout_s=20)()
+    ct.await_rows(channel, host, x, timeout_s=20)()
     torch.cuda.synchronize()
     print("ran each kernel once")
 

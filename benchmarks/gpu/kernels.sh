@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the CUDA kernels for this machine's GPU, tests them, looks for bad memory accesses, and measures them; within
-# four minutes. Needs nvcc, python3 with torch, numpy and pytest; CMake where there is one.
+# six minutes. Needs nvcc, python3 with torch, numpy and pytest; CMake where there is one.
 #
 # usage: benchmarks/gpu/kernels.sh [folder for results, default out/gpu]
 # NEO_CUDA_LIBRARY, NEO_CPU_LIBRARY: libraries that are built already. SKIP: words of "tests sanitizer measure".
@@ -11,7 +11,7 @@ root=$(pwd)
 out=${1:-out/gpu}
 skip=${SKIP:-}
 mkdir -p "$out"
-export PYTHONPATH="$root" PYTHONUNBUFFERED=1
+export PYTHONPATH="$root:${PYTHONPATH:-}" PYTHONUNBUFFERED=1
 status=0
 
 wanted() { case " $skip " in *" $1 "*) return 1 ;; esac; }
@@ -39,7 +39,8 @@ echo "build: $(($(seconds) - began)) s"
 if wanted tests; then
     then=$(seconds)
     timeout 120 python3 -m pytest -q -p no:cacheprovider tests/kernels/test_cuda_attention.py \
-        tests/kernels/test_cuda_rows.py tests/kernels/test_cuda_handover.py tests/kernels/test_cuda_library.py -k "not emulated" \
+        tests/kernels/test_cuda_rows.py tests/kernels/test_cuda_handover.py tests/kernels/test_cuda_library.py \
+        tests/kernels/test_cuda_linear.py tests/kernels/test_cuda_overlap.py -k "not emulated" \
         >"$out/tests.log" 2>&1 || status=1
     grep -E "^(FAILED|ERROR|E  )" "$out/tests.log" | head -n 25
     tail -n 1 "$out/tests.log"
@@ -59,6 +60,7 @@ fi
 if wanted measure; then
     then=$(seconds)
     timeout 150 python3 benchmarks/gpu/kernels.py --out "$out/kernels.json" || status=1
+    timeout 90 python3 benchmarks/gpu/linear.py --out "$out/linear.json" || status=1
     echo "measure: $(($(seconds) - then)) s"
 fi
 echo "all: $(($(seconds) - began)) s, status $status"

@@ -53,14 +53,23 @@ def bandwidth(device: torch.device) -> float:
     return data.numel() * 4 / best
 
 
+def kernels_of(found: Any) -> str:
+    """Kernels by total time: microseconds, launches, names."""
+    rows = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:16]
+    return "\n".join(f"{e.self_device_time_total:10.0f} us {e.count:6d}  {e.key[:90]}" for e in rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--ahead", action="store_true")
+    parser.add_argument("--ahead", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--policy", default="gpu-only")
+    parser.add_argument(
+        "--tuned", action=argparse.BooleanOptionalAction, default=True, help="matrix products"
+    )
     parser.add_argument("--profile", action="store_true", help="kernels of ten steps, by torch's profiler")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -82,6 +91,8 @@ def main() -> None:
     )
     engine = parts.engine(parts.system())
     executor: Any = engine.executor
+    if not args.tuned:
+        executor._tuned.layers.most_rows = executor._tuned.head.most_rows = 0
     spent: dict[str, list[float]] = defaultdict(list)
     for i in range(args.sequences):
         prompt = [(7 * i + j) % 1000 + 3 for j in range(args.tokens)]
@@ -92,10 +103,11 @@ def main() -> None:
         engine.step()
     timed(engine, "_plan", spent, "plan")
     timed(engine, "_finish", spent, "finish")
-    timed(engine, "_sample", spent, "sample (waits for the GPU)")
-    timed(executor, "run", spent, "executor")
-    timed(executor, "_fill", spent, "inputs")
-    timed(executor._mirror, "update", spent, "tables")
+    timed(engine, "_launch", spent, "launch")
+    timed(executor, "start", spent, "executor's part")
+    timed(executor._ops, "choose", spent, "sampling")
+    timed(executor._ops, "fill", spent, "inputs")
+    timed(executor._ops.mirror, "update", spent, "tables")
     timed(executor._graphs, "replay", spent, "find graph")
     timed(executor.tables, "begin", spent, "take blocks")
     for _ in range(args.steps - 20):
@@ -127,7 +139,7 @@ def main() -> None:
             for _ in range(10):
                 graphs[-1][0].replay()
             torch.cuda.synchronize()
-        print(found.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60))
+        print(kernels_of(found))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1))
     engine.close()

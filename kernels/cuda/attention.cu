@@ -15,8 +15,12 @@ using namespace neo;
 
 constexpr double LOG2_E = 1.4426950408889634;
 constexpr int PLAN_THREADS = 1024;
-// Of shared memory: what a block needs beside its own, and how many blocks of 4 warps should share a multiprocessor.
-constexpr int RESERVED_BYTES = 1024, CTAS_OF_SM = 2;
+// Of shared memory, what a block needs beside its own.
+constexpr int RESERVED_BYTES = 1024;
+// Blocks of 4 warps that share a multiprocessor, and what the ring of one holds: two tiles of each warp with heads of 128.
+// On an H200 more, in flight or in blocks, was slower with 64 sequences of 1024 tokens, and no faster with most others.
+constexpr int CTAS_OF_SM = 2, RING_BYTES = 64 * 1024;
+constexpr int MOST_CTAS_OF_SM = 4; // where a warp has one tile, and other warps must fill its waits
 
 __device__ int places_of_unit(const Attention &args, int row) {
     return args.lengths[row] > 0 ? (args.lengths[row] + TILE - 1) / TILE + UNIT_COST : 0;
@@ -57,7 +61,7 @@ __device__ Start find(const Attention &args, int place) {
             high = middle;
     }
     const int in_row = place - args.plan.begins[low], of_unit = places_of_unit(args, low);
-    return Start{low, in_row / of_unit, in_row % of_unit, 0};
+    return Start{low, in_row / of_unit, in_row % of_unit, args.lengths[low]};
 }
 
 // One block.
@@ -89,8 +93,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) make_plan(const __grid_constant_
         args.plan.run[1] = total;
     }
     for (int w = threadIdx.x; w < args.workers; w += PLAN_THREADS)
-        if (static_cast<int64_t>(w) * run < total)
-            args.plan.starts[w] = find(args, w * run);
+        args.plan.starts[w] = static_cast<int64_t>(w) * run < total ? find(args, w * run) : Start{};
 }
 
 // How the kernel is laid out on this device; workers 0: the plain kernel.
@@ -113,14 +116,16 @@ neo_cuda_status geometry_of(const neo_cuda_decode &args, Geometry &geometry) noe
     geometry.cuts = (group + HEADS_OF_MMA * geometry.n - 1) / (HEADS_OF_MMA * geometry.n);
     geometry.units = geometry.cuts * cache.kv_heads;
     const int stage = WARPS_OF_CTA * tile_bytes(cache.head_dim);
-    const int room = std::min(device.shared_of_block, device.shared_of_sm / CTAS_OF_SM - RESERVED_BYTES);
+    const int fair = device.shared_of_sm / CTAS_OF_SM - RESERVED_BYTES;
+    const int room = std::min({device.shared_of_block, fair, RING_BYTES});
     int stages = args.stages > 0 ? args.stages : std::clamp(room / stage, 1, MAX_STAGES);
     if (args.stages == 0 && stages == 1 && device.capability >= 80 && 2 * stage <= device.shared_of_block)
         stages = 2; // one block a multiprocessor that reads ahead, rather than two that wait
     if (stages * stage > device.shared_of_block)
         return fail(NEO_CUDA_BAD_ARGUMENT, "stages: %d of %d bytes each do not fit the device's %d bytes", stages, stage,
                     device.shared_of_block);
-    const int fit = std::clamp(device.shared_of_sm / (stages * stage + RESERVED_BYTES), 1, 4);
+    const int most = stages == 1 ? MOST_CTAS_OF_SM : CTAS_OF_SM;
+    const int fit = std::clamp(device.shared_of_sm / (stages * stage + RESERVED_BYTES), 1, most);
     geometry.stages = stages;
     geometry.ctas = args.ctas > 0 ? args.ctas : fit * device.multiprocessors;
     geometry.workers = geometry.ctas * WARPS_OF_CTA;
@@ -211,6 +216,7 @@ neo_cuda_status describe(const neo_cuda_decode &args, const Geometry &geometry, 
     attention.workers = geometry.workers;
     attention.stages = geometry.stages;
     attention.scale_log2 = static_cast<float>(args.scale * LOG2_E);
+    attention.early = args.early;
     return NEO_CUDA_OK;
 }
 

@@ -19,9 +19,9 @@ constexpr int UNIT_COST = 3;
 constexpr int SHORTEST_RUN = 4; // below that, merging costs more than another warp gains
 static_assert(SHORTEST_RUN > UNIT_COST, "a run has a tile");
 
-// Where a worker's run begins: at which place of which unit.
+// Where a worker's run begins: at which place of which unit, and the row's tokens; 0 of them: it has no run.
 struct alignas(16) Start {
-    int32_t row, unit, offset, unused;
+    int32_t row, unit, offset, length;
 };
 
 // Parts of a unit that are merged at once; where there are more, groups of so many first.
@@ -50,6 +50,7 @@ struct Attention {
     int32_t head_dim, block_shift;          // log2 of the block size
     int32_t workers, stages;
     float scale_log2; // scale * log2(e)
+    int32_t early;    // see neo_cuda_decode
 };
 
 // Bytes of shared memory: a row of V, padded unless it is whole lines of 128 bytes, and one tile of one warp.

@@ -79,35 +79,23 @@ template <class T, int D, int N> struct Finish {
         return true;
     }
 
-    // Into the result, or into the first of the parts. All heads at once, so that many loads are under way.
+    __device__ float2 stats(const Parts &parts, int w, int head) const {
+        return __ldcg(&args.plan.max_and_sum[parts.place(w) * HEADS + head]);
+    }
+
+    // Into the result, or into the first of the parts. All heads at once, and maxima with the sums they belong to, so that
+    // many loads are under way: a merge takes about as long as one answer of the L2 cache.
     __device__ void merge(const Cursor &at, const Parts &parts, bool whole) const {
         constexpr int AT_ONCE = 4; // times 4 elements of a lane
         const int heads = heads_of(at), elements = heads * D;
-        const auto stats = [&](int w, int head) { return __ldcg(&args.plan.max_and_sum[parts.place(w) * HEADS + head]); };
-        float my_max = -INFINITY, sum = 0.f; // of head lane % HEADS
-#pragma unroll 2
-        for (int w = parts.first + lane / HEADS * parts.step; w <= parts.last; w += 32 / HEADS * parts.step) {
-            const float2 of = stats(w, lane % HEADS);
-            const float m = fmaxf(my_max, of.x);
-            sum = sum * exp2f(my_max - m) + of.y * exp2f(of.x - m);
-            my_max = m;
-        }
-        float max = my_max;
-        for (int step = HEADS; step < 32; step *= 2)
-            max = fmaxf(max, __shfl_xor_sync(ALL, max, step));
-        sum *= exp2f(my_max - max);
-        for (int step = HEADS; step < 32; step *= 2)
-            sum += __shfl_xor_sync(ALL, sum, step);
-
         for (int base = lane * 4; base - lane * 4 < elements; base += AT_ONCE * 128) {
             float4 o[AT_ONCE];
-            float max_of[AT_ONCE], by[AT_ONCE];
+            float max[AT_ONCE], sum[AT_ONCE];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const int head = min(base + i * 128, elements - 1) / D;
                 o[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-                max_of[i] = __shfl_sync(ALL, max, head);
-                by[i] = 1.f / __shfl_sync(ALL, sum, head);
+                max[i] = -INFINITY;
+                sum[i] = 0.f;
             }
 #pragma unroll 2
             for (int w = parts.first; w <= parts.last; w += parts.step) {
@@ -115,12 +103,15 @@ template <class T, int D, int N> struct Finish {
 #pragma unroll
                 for (int i = 0; i < AT_ONCE; i++) {
                     const int element = min(base + i * 128, elements - 4);
-                    const float weight = exp2f(stats(w, element / D).x - max_of[i]);
+                    const float2 of = stats(parts, w, element / D);
                     const float4 v = __ldcg(from + element / 4);
-                    o[i].x += weight * v.x;
-                    o[i].y += weight * v.y;
-                    o[i].z += weight * v.z;
-                    o[i].w += weight * v.w;
+                    const float most = fmaxf(max[i], of.x), keep = exp2f(max[i] - most), weight = exp2f(of.x - most);
+                    max[i] = most;
+                    sum[i] = sum[i] * keep + weight * of.y;
+                    o[i].x = o[i].x * keep + weight * v.x;
+                    o[i].y = o[i].y * keep + weight * v.y;
+                    o[i].z = o[i].z * keep + weight * v.z;
+                    o[i].w = o[i].w * keep + weight * v.w;
                 }
             }
             float *const raw = args.plan.sum_v + parts.place(parts.first) * HEADS * D;
@@ -134,14 +125,29 @@ template <class T, int D, int N> struct Finish {
                     *reinterpret_cast<float4 *>(raw + element) = o[i];
                     continue;
                 }
+                const float by = 1.f / sum[i];
                 uint32_t *const out = reinterpret_cast<uint32_t *>(out_of(at, element / D) + element % D);
-                out[0] = pack(o[i].x * by[i], o[i].y * by[i], T{});
-                out[1] = pack(o[i].z * by[i], o[i].w * by[i], T{});
+                out[0] = pack(o[i].x * by, o[i].y * by, T{});
+                out[1] = pack(o[i].z * by, o[i].w * by, T{});
             }
         }
-        __syncwarp(); // all have read the maxima
-        if (!whole && lane < HEADS)
-            args.plan.max_and_sum[parts.place(parts.first) * HEADS + lane] = make_float2(max, sum);
+        if (!whole)
+            merge_stats(parts);
+    }
+
+    // Of a group: its maxima and sums become those of its first part.
+    __device__ void merge_stats(const Parts &parts) const {
+        const int head = lane % HEADS;
+        float max = -INFINITY, sum = 0.f;
+        for (int w = parts.first; w <= parts.last; w += parts.step) {
+            const float2 of = stats(parts, w, head);
+            const float most = fmaxf(max, of.x);
+            sum = sum * exp2f(max - most) + of.y * exp2f(of.x - most);
+            max = most;
+        }
+        __syncwarp(); // all have read them
+        if (lane < HEADS)
+            args.plan.max_and_sum[parts.place(parts.first) * HEADS + head] = make_float2(max, sum);
     }
 };
 

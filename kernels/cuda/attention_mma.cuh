@@ -7,7 +7,8 @@
 // is S^T's registers transposed by movmatrix. With up to 8 heads per KV head nothing of n is padding that costs time:
 // the kernel waits for memory, not for the tensor cores.
 //
-// Two cursors walk the same run of tiles: one asks for tiles (cp.async, `stages` of them in a ring), one computes.
+// Two cursors walk the same run of tiles: one asks for tiles (cp.async, `stages` of them in a ring), one computes. Where
+// the caller says that it may (`early`), the first tiles are asked for while the kernel ahead still appends the newest tokens.
 #pragma once
 
 #include "attention_merge.cuh"
@@ -23,18 +24,27 @@ template <class T, int D> __device__ void clear_empty(const Attention &args, int
                     from_float<T>(0.f);
 }
 
+// Blocks of which a multiprocessor has registers for; beside two of them, room is then left for the kernel ahead.
+template <int D, int N> constexpr int CTAS_BY_REGISTERS = N == 1 && D <= 128 ? 3 : 2;
+
 template <class T, int D, int N>
-__global__ void __launch_bounds__(WARPS_OF_CTA * 32) attend(const __grid_constant__ Attention args) {
+__global__ void __launch_bounds__(WARPS_OF_CTA * 32, CTAS_BY_REGISTERS<D, N>)
+    attend(const __grid_constant__ Attention args) {
     NEO_DYNAMIC_SHARED(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int worker = blockIdx.x * WARPS_OF_CTA + warp;
-    clear_empty<T, D>(args, worker, lane);
+    if (args.early == 0)
+        await_previous();
+    const Start start = args.plan.starts[worker]; // asked for together
     const int run = args.plan.run[0], total = args.plan.run[1];
-    const int64_t run_begin = int64_t{worker} * run;
-    if (run_begin >= total)
+    if (start.length <= 0) {
+        await_previous();
+        clear_empty<T, D>(args, worker, lane);
         return;
+    }
+    const int64_t run_begin = int64_t{worker} * run;
     const int run_end = static_cast<int>(min(run_begin + run, int64_t{total}));
-    Cursor at = begin(args, args.plan.starts[worker], static_cast<int>(run_begin));
+    Cursor at = begin(start, static_cast<int>(run_begin));
     constexpr int BYTES = TILE_BYTES<D>;
     const int stages = args.stages;
     const uint32_t ring = shared_address(shared) + warp * stages * BYTES;
@@ -55,8 +65,13 @@ __global__ void __launch_bounds__(WARPS_OF_CTA * 32) attend(const __grid_constan
         if (load_at == ring_end)
             load_at = ring;
     };
-    for (int i = 1; i < stages; i++)
+    for (int i = 1; i < stages; i++) {
+        if (loader.is_newest())
+            await_previous();
         load();
+    }
+    await_previous();
+    clear_empty<T, D>(args, worker, lane);
 
     const Finish<T, D, N> finish{args, worker, lane};
     Sums<T, D, N> sums;
@@ -97,7 +112,7 @@ cudaError_t launch_one(const Attention &args, int ctas, cudaStream_t stream) noe
         cudaFuncSetAttribute(attend<T, D, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess)
         return error;
-    launch_kernel(attend<T, D, N>, ctas, WARPS_OF_CTA * 32, bytes, stream, args);
+    launch_overlapping(attend<T, D, N>, ctas, WARPS_OF_CTA * 32, bytes, stream, args);
     return cudaGetLastError();
 }
 

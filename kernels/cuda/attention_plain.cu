@@ -47,6 +47,7 @@ template <class T> __device__ void merge(const Shared &shared, T *out, int head_
 
 template <class T> __global__ void __launch_bounds__(WARPS * 32) attend_plain(const __grid_constant__ Attention args) {
     __shared__ Shared shared;
+    await_previous();
     const int row = blockIdx.x / args.q_heads, head = blockIdx.x % args.q_heads;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int D = args.head_dim, block = 1 << args.block_shift;
@@ -95,8 +96,8 @@ template <class T> __global__ void __launch_bounds__(WARPS * 32) attend_plain(co
 cudaError_t neo::launch_plain(const Attention &args, int dtype, cudaStream_t stream) noexcept {
     const unsigned blocks = static_cast<unsigned>(args.rows) * args.q_heads;
     if (dtype == NEO_CUDA_FP32)
-        launch_kernel(attend_plain<float>, blocks, WARPS * 32, 0, stream, args);
+        launch_overlapping(attend_plain<float>, blocks, WARPS * 32, 0, stream, args);
     else
-        launch_kernel(attend_plain<bf16_t>, blocks, WARPS * 32, 0, stream, args);
+        launch_overlapping(attend_plain<bf16_t>, blocks, WARPS * 32, 0, stream, args);
     return cudaGetLastError();
 }

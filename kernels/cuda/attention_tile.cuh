@@ -20,10 +20,9 @@ struct Cursor {
     __device__ int next_place() const { return place() + 1 + (tile + 1 == tiles ? UNIT_COST : 0); }
 };
 
-__device__ __forceinline__ Cursor begin(const Attention &args, const Start &start, int place) {
-    const int length = args.lengths[start.row];
-    return Cursor{start.row, start.unit,       max(start.offset - UNIT_COST, 0),
-                  length,    tiles_of(length), place - start.offset};
+__device__ __forceinline__ Cursor begin(const Start &start, int place) {
+    return Cursor{start.row,    start.unit,             max(start.offset - UNIT_COST, 0),
+                  start.length, tiles_of(start.length), place - start.offset};
 }
 
 // To the next tile, which is there.
@@ -117,6 +116,9 @@ template <class T, int D> struct Loader {
             copy_16(to + V_PLANE + t * V_ROW + (WHOLE ? j ^ (t & 7) : j) * 16, v + row + j * 8, t < valid);
         }
     }
+
+    // Whether the tile has the token that this step has appended.
+    __device__ bool is_newest() const { return at.tile + 1 == at.tiles; }
 
     __device__ void next() {
         const int row = at.row;

@@ -2,12 +2,22 @@
 
 #include <array>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 
 namespace {
 
 constexpr int DEVICES = 64;
 std::array<neo::Device, DEVICES> known;
 std::array<std::atomic<bool>, DEVICES> ready;
+
+std::atomic<bool> &overlap() noexcept {
+    static std::atomic<bool> on{[] {
+        const char *const said = std::getenv("NEO_CUDA_PDL");
+        return said == nullptr || std::strcmp(said, "0") != 0;
+    }()};
+    return on;
+}
 
 neo_cuda_status ask(int device, cudaDeviceAttr attribute, int &value) noexcept {
     return neo::from_cuda(cudaDeviceGetAttribute(&value, attribute, device), "asking for the device's attributes");
@@ -49,6 +59,12 @@ neo_cuda_status neo::current_device(Device &device) noexcept {
         writing.clear(std::memory_order_release);
     }
     return NEO_CUDA_OK;
+}
+
+bool neo::overlap_wanted() noexcept { return overlap().load(std::memory_order_relaxed); }
+
+extern "C" int32_t neo_cuda_overlap(int32_t on) {
+    return on < 0 ? overlap().load() : overlap().exchange(on != 0);
 }
 
 extern "C" neo_cuda_status neo_cuda_describe(neo_cuda_device_info *info) {

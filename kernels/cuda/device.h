@@ -16,4 +16,7 @@ struct Device {
 
 neo_cuda_status current_device(Device &device) noexcept;
 
+// Whether kernels may begin before the one ahead on their stream has ended: see neo_cuda_overlap.
+bool overlap_wanted() noexcept;
+
 } // namespace neo

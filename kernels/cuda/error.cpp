@@ -27,4 +27,4 @@ neo_cuda_status neo::launched(const char *kernel) noexcept { return from_cuda(cu
 
 extern "C" const char *neo_cuda_last_error(void) { return message; }
 extern "C" int32_t neo_cuda_abi(void) { return NEO_CUDA_ABI; }
-extern "C" const char *neo_cuda_version(void) { return "1.0.0"; }
+extern "C" const char *neo_cuda_version(void) { return "2.0.0"; }

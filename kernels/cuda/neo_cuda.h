@@ -32,7 +32,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define NEO_CUDA_ABI 1
+#define NEO_CUDA_ABI 3
 
 typedef enum neo_cuda_status {
     NEO_CUDA_OK = 0,
@@ -46,7 +46,7 @@ typedef enum neo_cuda_dtype { NEO_CUDA_FP32 = 0, NEO_CUDA_FP16 = 1, NEO_CUDA_BF1
 
 /* NEO_CUDA_ABI of the library. */
 int32_t neo_cuda_abi(void);
-/* "1.0.0": the library's version. */
+/* "2.0.0": the library's version. */
 const char *neo_cuda_version(void);
 /* Why the last call on this thread failed; "" if it did not. Valid until this thread's next call. */
 const char *neo_cuda_last_error(void);
@@ -63,6 +63,14 @@ typedef struct neo_cuda_device_info {
 
 /* Of the current device. NEO_CUDA_DEVICE where there is none. */
 neo_cuda_status neo_cuda_describe(neo_cuda_device_info *info);
+
+/*
+ * From capability 9.0 on, attention, norm, SiLU and rotary embedding are launched so that they begin before the kernel
+ * ahead of them on the stream has ended (programmatic dependent launch, in graphs too): they look up what does not
+ * depend on it, then wait until it has ended. 0 turns that off, another number on, for all launches from then on; below
+ * 0 nothing changes. Returns what it was. At first it is on, unless the environment has NEO_CUDA_PDL=0.
+ */
+int32_t neo_cuda_overlap(int32_t on);
 
 typedef struct neo_cuda_cache {
     size_t size;
@@ -103,9 +111,14 @@ typedef struct neo_cuda_decode {
     size_t workspace_bytes;
     int32_t rows;
     int32_t q_heads; /* a multiple of kv_heads */
-    int32_t ctas;    /* thread blocks of 4 warps; 0: as many as the device holds. Of plan and attention alike */
+    int32_t ctas;    /* thread blocks of 4 warps; 0: the library's choice. Of plan and attention alike */
     int32_t stages;  /* tiles that a warp has in flight or in use; 0: the library's choice; 1 to 8 */
     float scale;     /* finite */
+    /*
+     * Not 0: tables, slots, lengths, the plan and all of the cache but the last token of each row were there before the
+     * kernel ahead on the stream began. They are then read while that one still runs.
+     */
+    int32_t early;
 } neo_cuda_decode;
 
 /* Bytes of workspace that these arguments need (q, out, tables, slots, lengths, workspace may be NULL). */
@@ -118,7 +131,8 @@ neo_cuda_status neo_cuda_decode_attention(const neo_cuda_decode *args, void *str
 
 /*
  * hidden += delta (unless delta is NULL), then out = hidden / sqrt(mean(hidden^2) + eps) * weight, row by row.
- * hidden, delta, out: [rows][width] of dtype, contiguous, aligned to 16 bytes, width a multiple of 8.
+ * hidden, delta, out: [rows][width] of dtype, contiguous, aligned to 16 bytes, width a multiple of 8. The kernel ahead
+ * on the stream must not be what writes the weight.
  */
 typedef struct neo_cuda_norm {
     size_t size;
@@ -147,6 +161,23 @@ typedef struct neo_cuda_silu {
 neo_cuda_status neo_cuda_silu_mul(const neo_cuda_silu *args, void *stream);
 
 /*
+ * Of every row's position, in fp32 and rounded once: cos[row][d] = scale * cos(position * frequencies[d]), sin likewise.
+ * Frequencies negated in the first half of head_dim give neo_cuda_qkv's signs.
+ */
+typedef struct neo_cuda_angles {
+    size_t size;
+    const int32_t *positions;  /* [rows] */
+    const float *frequencies;  /* [head_dim] */
+    void *cos, *sin;           /* [rows][head_dim] of dtype, contiguous */
+    int32_t rows;
+    int32_t head_dim; /* even, up to 256 */
+    int32_t dtype;
+    float scale;
+} neo_cuda_angles;
+
+neo_cuda_status neo_cuda_rope_angles(const neo_cuda_angles *args, void *stream);
+
+/*
  * What becomes of a row of the fused projection [q heads | k heads | v heads]: bias is added, each q and k head is
  * normalised (RMS, times its weight), q and k are rotated:
  *     x[d] = x[d] * cos[row][d] + x[(d + head_dim / 2) % head_dim] * sin[row][d]
@@ -172,9 +203,86 @@ typedef struct neo_cuda_qkv {
     int32_t rows;
     int32_t q_heads;
     float eps; /* of the norms */
+    /* Not 0: tables, slots, positions, cos, sin were there before the kernel ahead on the stream began. */
+    int32_t early;
 } neo_cuda_qkv;
 
 neo_cuda_status neo_cuda_qkv_rope_append(const neo_cuda_qkv *args, void *stream);
+
+/* ---- matrix products ---- */
+
+/*
+ * out = x weight^T (+ bias), x [rows][in], weight [out][in], out [rows][out], all FP16 or all BF16, sums in fp32: a
+ * kernel of cuBLASLt's, but one that was timed here. Its own choice goes by rules, which leave bandwidth unused where
+ * there are few rows. cuBLASLt is not linked: it is the one that the process has loaded, or found by its name. Where
+ * there is none, functions that need it return NEO_CUDA_UNSUPPORTED.
+ *
+ * A plan belongs to a size. Creating one asks cuBLASLt for kernels; neo_cuda_linear_tune times them (this one waits
+ * for the device, and allocates: a stream, events, graphs); neo_cuda_linear launches the one that was fastest, or
+ * before that cuBLASLt's first. A kernel's result does not change from call to call; another kernel's may differ by
+ * rounding. One thread at a time may use a plan.
+ */
+typedef struct neo_cuda_linear_plan neo_cuda_linear_plan;
+
+typedef struct neo_cuda_linear_shape {
+    size_t size;
+    const neo_cuda_linear_plan *like; /* NULL, or the plan of another number of rows, whose kernel this one takes over;
+                                         NEO_CUDA_UNSUPPORTED where that one does not fit */
+    int64_t x_stride, weight_stride, out_stride; /* elements between rows, multiples of 8 */
+    size_t workspace_bytes;                      /* that a kernel may need */
+    int32_t rows;
+    int32_t in;  /* a multiple of 8 */
+    int32_t out; /* a multiple of 8 */
+    int32_t dtype;
+    int32_t bias;   /* whether one is added */
+    int32_t search; /* 0: what cuBLASLt proposes; 1: also split along `in`; 2: also other tiles and stages (seconds) */
+} neo_cuda_linear_shape;
+
+neo_cuda_status neo_cuda_linear_create(const neo_cuda_linear_shape *shape, neo_cuda_linear_plan **plan);
+void neo_cuda_linear_destroy(neo_cuda_linear_plan *plan); /* NULL: nothing */
+
+/* The weights take turns: they should be more than the device's L2 holds, as the layers of a model are. */
+typedef struct neo_cuda_linear_trial {
+    size_t size;
+    neo_cuda_linear_plan *plan;
+    const void *x;
+    const void *const *weights; /* host memory: addresses on the device, aligned to 16 bytes */
+    const void *bias;           /* NULL unless the plan has one */
+    void *out;
+    void *workspace; /* the plan's workspace_bytes, aligned to 256 */
+    int32_t weight_count;
+    int32_t launches; /* in a row, for one measurement; 1 to 256 */
+} neo_cuda_linear_trial;
+
+/* No other work should be on the device; x, weights and bias must be there. */
+neo_cuda_status neo_cuda_linear_tune(const neo_cuda_linear_trial *trial);
+
+/* What a plan has chosen; cuBLASLt's numbers for it. */
+typedef struct neo_cuda_linear_choice {
+    size_t size;
+    size_t workspace_bytes;
+    int32_t candidates; /* that were timed, or could be */
+    int32_t chosen;     /* 0: cuBLASLt's first */
+    int32_t algorithm, tile, stages, splits, cluster;
+    float us;       /* of one launch, between others; 0: not tuned */
+    float first_us; /* of cuBLASLt's first */
+} neo_cuda_linear_choice;
+
+neo_cuda_status neo_cuda_linear_describe(const neo_cuda_linear_plan *plan, neo_cuda_linear_choice *choice);
+
+/* Pointers are aligned to 16 bytes, the workspace to 256; it serves one call at a time. */
+typedef struct neo_cuda_linear_args {
+    size_t size;
+    neo_cuda_linear_plan *plan;
+    const void *x;
+    const void *weight;
+    const void *bias; /* NULL unless the plan has one */
+    void *out;        /* may not overlap the others */
+    void *workspace;
+    size_t workspace_bytes; /* as many as the plan's */
+} neo_cuda_linear_args;
+
+neo_cuda_status neo_cuda_linear(const neo_cuda_linear_args *args, void *stream);
 
 /* ---- copying blocks ---- */
 

@@ -35,6 +35,19 @@ __device__ __forceinline__ uint32_t pack(float low, float high, bf16_t) {
     return bits_of(__floats2bfloat162_rn(low, high));
 }
 
+__device__ __forceinline__ float2 unpack(uint32_t pair, half_t) {
+    half_t both[2];
+    memcpy(both, &pair, sizeof(pair));
+    return make_float2(to_float(both[0]), to_float(both[1]));
+}
+// Bits of bf16 are the upper ones of a float: no register of 16 bits is needed on the way.
+__device__ __forceinline__ float2 unpack(uint32_t pair, bf16_t) {
+    const uint32_t bits[2] = {pair << 16, pair & 0xffff0000u};
+    float both[2];
+    memcpy(both, bits, sizeof(bits));
+    return make_float2(both[0], both[1]);
+}
+
 // 16 bytes of elements.
 template <class T> struct alignas(16) Vec {
     static constexpr int N = 16 / sizeof(T);

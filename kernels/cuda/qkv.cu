@@ -1,37 +1,26 @@
-// From a row of the fused projection to rotated q, k and v, and into the cache. A warp takes one head of one row, or, where
-// there are many rows, a few heads; a block then has 8 rows, whose keys go to the cache 16 bytes at a time where they are
-// neighbours there.
+// From a row of the fused projection to rotated q, k and v, and into the cache. Here a warp takes one head of one row; many
+// rows at once are in qkv_many.cuh.
 
 #include <ptx.cuh>
 
 #include "check.h"
+#include "qkv_many.cuh"
 
 namespace {
 
 using namespace neo;
 
 constexpr int WARPS = 8;
-constexpr int MAX_HALF = 128;    // of a head
-constexpr int MANY_HEADS = 4;    // of a warp where there are many rows
-constexpr int MANY_ROWS = 512;
-
-template <class T> struct Qkv {
-    T *cache;
-    const T *qkv, *bias, *q_norm, *k_norm, *cos, *sin;
-    T *q_out, *k_out, *v_out;
-    int64_t qkv_stride, q_stride, kv_stride, table_stride;
-    const int32_t *tables, *slots, *positions;
-    int32_t rows, q_heads, kv_heads, head_dim, block;
-    float eps;
-};
+constexpr int FEW_CTAS = 6; // on a multiprocessor: half of its registers are left for attention
 
 template <class T, int V> struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Some {
     T at[V];
 };
 
-// Elements of a head that a lane has, V neighbours at a time: elements (32 i + lane) V and so on of each half.
-template <class T, int V> struct Elements {
-    static constexpr int PIECES = MAX_HALF / 32 / V;
+// Elements of a head that a lane has, V neighbours at a time: elements (32 i + lane) V and so on of each half. HALF: what a
+// half has at most.
+template <class T, int V, int HALF> struct Elements {
+    static constexpr int PIECES = HALF / 32 / V;
     Some<T, V> at[PIECES][2];
 
     // Calls use(index of the piece, which half, element's number) for all that the head has.
@@ -69,11 +58,11 @@ template <class T, int V> struct Elements {
 };
 
 // Bias, norm and, unless it is a head of v, rotation in fp32; rounded once.
-template <class T, int V>
-__device__ __forceinline__ void transform(Elements<T, V> &head, const T *bias, const T *norm, bool is_v,
-                                          const Elements<T, V> &cos, const Elements<T, V> &sin, float eps, int half,
-                                          int lane) {
-    float x[Elements<T, V>::PIECES][2][V] = {}; // zeros where the head ends
+template <class T, int V, int HALF>
+__device__ __forceinline__ void transform(Elements<T, V, HALF> &head, const T *bias, const T *norm, bool is_v,
+                                          const Elements<T, V, HALF> &cos, const Elements<T, V, HALF> &sin, float eps,
+                                          int half, int lane) {
+    float x[Elements<T, V, HALF>::PIECES][2][V] = {}; // zeros where the head ends
     head.change(half, lane, [&](int i, int h, int j, int d) {
         x[i][h][j] = to_float(head.at[i][h].at[j]) + (bias != nullptr ? to_float(bias[d]) : 0.f);
     });
@@ -89,130 +78,104 @@ __device__ __forceinline__ void transform(Elements<T, V> &head, const T *bias, c
     });
 }
 
-// Where a row goes in the cache: its block there (-1: nowhere) and the place in it.
-struct Target {
-    int64_t number;
-    int offset;
-};
-
-template <class T> __device__ __forceinline__ Target target_of(const Qkv<T> &args, int row) {
-    const int64_t slot = args.tables == nullptr || row >= args.rows ? -1 : args.slots[row];
-    if (slot < 0)
-        return Target{-1, 0};
-    const int position = args.positions[row];
-    return Target{args.tables[slot * args.table_stride + position / args.block], position % args.block};
-}
-
-template <class T> __device__ __forceinline__ T *plane_of(const Qkv<T> &args, const Target &target, int kv_head) {
-    return args.cache + (target.number * args.kv_heads + kv_head) * 2 * args.head_dim * args.block;
-}
-
-// Keys of the block's rows, [head][row][d], which are neighbours from `first` on.
-template <class T>
-__device__ void append_keys(const Qkv<T> &args, const T *keys, int first_head, const Target &first) {
-    const int D = args.head_dim;
-    for (int i = threadIdx.x; i < MANY_HEADS * D; i += WARPS * 32) {
-        const int h = i / D, d = i % D, kv_head = first_head + h - args.q_heads;
-        if (kv_head < 0 || kv_head >= args.kv_heads)
-            continue;
-        Some<T, WARPS> tokens;
-#pragma unroll
-        for (int r = 0; r < WARPS; r++)
-            tokens.at[r] = keys[(h * WARPS + r) * D + d];
-        *reinterpret_cast<Some<T, WARPS> *>(plane_of(args, first, kv_head) + d * args.block + first.offset) = tokens;
-    }
-}
-
-// HEADS 1: a warp has one head of row blockIdx.x. Otherwise it has HEADS heads of one of the 8 rows of its block.
-template <class T, int HEADS, int V>
-__global__ void __launch_bounds__(WARPS * 32) rope_append(const __grid_constant__ Qkv<T> args) {
-    NEO_DYNAMIC_SHARED(shared); // of many rows: their keys
-    constexpr bool MANY = HEADS > 1;
-    __shared__ Target targets[WARPS];
+template <class T, int V, int HALF>
+__global__ void __launch_bounds__(WARPS * 32, HALF <= 64 ? FEW_CTAS : 2) rope_append(const __grid_constant__ Qkv<T> args) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int first = MANY ? blockIdx.y * HEADS : blockIdx.y * WARPS + warp; // head
-    const int64_t row = MANY ? blockIdx.x * WARPS + warp : blockIdx.x;
-    const int D = args.head_dim, half = D / 2, q_heads = args.q_heads, heads = q_heads + 2 * args.kv_heads;
-    const int there = row >= args.rows ? 0 : min(HEADS, heads - first);
-    T *const keys = reinterpret_cast<T *>(shared);
+    const int head = blockIdx.y * WARPS + warp;
+    const int64_t row = blockIdx.x;
+    const int D = args.head_dim, half = D / 2, q_heads = args.q_heads;
+    const bool there = head < q_heads + 2 * args.kv_heads;
 
-    Elements<T, V> of[HEADS], cos, sin; // all are asked for before any is used
-#pragma unroll
-    for (int h = 0; h < HEADS; h++)
-        if (h < there)
-            of[h].load(args.qkv + row * args.qkv_stride + (first + h) * D, half, lane);
-    if (there > 0) {
+    release_next();
+    if (args.early == 0)
+        await_previous();
+    Elements<T, V, HALF> of, cos, sin; // all are asked for before any is used
+    if (there) {
         cos.load(args.cos + row * D, half, lane);
         sin.load(args.sin + row * D, half, lane);
     }
     Target target{-1, 0};
-    bool together = false; // the keys of the block's rows
-    if (first + HEADS > q_heads)
+    if (head >= q_heads)
         target = target_of(args, static_cast<int>(row));
-    if (MANY && first + HEADS > q_heads && first < q_heads + args.kv_heads) { // the same for all of the block
-        if (lane == 0)
-            targets[warp] = target;
-        __syncthreads();
-        together = targets[0].number >= 0 && targets[0].offset % WARPS == 0;
-        for (int r = 1; r < WARPS; r++) // 8 tokens from a whole 8 on lie in one block
-            together = together && targets[r].number == targets[0].number && targets[r].offset == targets[0].offset + r;
-    }
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        if (h >= there)
-            continue;
-        const int head = first + h;
-        const bool is_q = head < q_heads, is_v = head >= q_heads + args.kv_heads;
-        const int kv_head = head - q_heads - (is_v ? args.kv_heads : 0);
-        transform(of[h], args.bias == nullptr ? nullptr : args.bias + head * D,
-                  is_v ? nullptr : is_q ? args.q_norm : args.k_norm, is_v, cos, sin, args.eps, half, lane);
-        T *const out = is_q ? args.q_out : is_v ? args.v_out : args.k_out;
-        if (out != nullptr)
-            of[h].store(out + (is_q ? row * args.q_stride + head * D : row * args.kv_stride + kv_head * D), half, lane);
-        if (is_q || target.number < 0)
-            continue;
-        if (is_v)
-            of[h].store(plane_of(args, target, kv_head) + (args.block + target.offset) * D, half, lane);
-        else if (MANY && together)
-            of[h].store(keys + (h * WARPS + warp) * D, half, lane);
-        else
-            of[h].store_apart(plane_of(args, target, kv_head) + target.offset, args.block, half, lane);
-    }
-    if (MANY && together) {
-        __syncthreads();
-        append_keys(args, keys, first, targets[0]);
-    }
+    await_previous();
+    if (!there)
+        return;
+    of.load(args.qkv + row * args.qkv_stride + head * D, half, lane);
+    const bool is_q = head < q_heads, is_v = head >= q_heads + args.kv_heads;
+    const int kv_head = head - q_heads - (is_v ? args.kv_heads : 0);
+    transform(of, args.bias == nullptr ? nullptr : args.bias + head * D, is_v ? nullptr : is_q ? args.q_norm : args.k_norm,
+              is_v, cos, sin, args.eps, half, lane);
+    T *const out = is_q ? args.q_out : is_v ? args.v_out : args.k_out;
+    if (out != nullptr)
+        of.store(out + (is_q ? row * args.q_stride + head * D : row * args.kv_stride + kv_head * D), half, lane);
+    if (is_q || target.number < 0)
+        return;
+    if (is_v)
+        of.store(plane_of(args, target, kv_head) + (args.block + target.offset) * D, half, lane);
+    else
+        of.store_apart(plane_of(args, target, kv_head) + target.offset, args.block, half, lane);
 }
 
-// Whether two neighbours can be taken at once everywhere.
-bool in_pairs(const neo_cuda_qkv &args, size_t element) noexcept {
+// Whether so many neighbours, a power of two, can be taken at once everywhere.
+bool in_groups(const neo_cuda_qkv &args, int group, size_t element) noexcept {
     const void *const pointers[] = {args.qkv, args.bias,  args.q_norm, args.k_norm, args.cos,
                                     args.sin, args.q_out, args.k_out,  args.v_out};
     for (const void *pointer : pointers) // NULL is aligned
-        if (!aligned(pointer, 2 * element))
+        if (!aligned(pointer, group * element))
             return false;
-    return args.qkv_stride % 2 == 0 && args.q_stride % 2 == 0 && args.kv_stride % 2 == 0;
+    return args.qkv_stride % group == 0 && args.q_stride % group == 0 && args.kv_stride % group == 0;
 }
 
-template <class T> void launch(const neo_cuda_qkv &args, cudaStream_t stream) {
+// Whether v, to which nothing is done, is wanted where it lies already.
+bool v_stays(const neo_cuda_qkv &args, size_t element) noexcept {
+    const int64_t before = static_cast<int64_t>(args.q_heads + args.cache->kv_heads) * args.cache->head_dim;
+    return args.bias == nullptr && args.kv_stride == args.qkv_stride &&
+           args.v_out == static_cast<const char *>(args.qkv) + before * static_cast<int64_t>(element);
+}
+
+template <class T, int HALF> void launch_for(const neo_cuda_qkv &args, cudaStream_t stream) {
     const auto elements = [](const void *p) { return static_cast<const T *>(p); };
     const auto writable = [](void *p) { return static_cast<T *>(p); };
     const neo_cuda_cache &cache = *args.cache;
-    const Qkv<T> kernel{writable(cache.data),  elements(args.qkv),    elements(args.bias), elements(args.q_norm),
-                        elements(args.k_norm), elements(args.cos),    elements(args.sin),  writable(args.q_out),
-                        writable(args.k_out),  writable(args.v_out),  args.qkv_stride,     args.q_stride,
-                        args.kv_stride,        args.table_stride,     args.block_tables,   args.slots,
-                        args.positions,        args.rows,             args.q_heads,        cache.kv_heads,
-                        cache.head_dim,        cache.block_size,      args.eps};
+    const Qkv<T> kernel{writable(cache.data),
+                        elements(args.qkv),
+                        elements(args.bias),
+                        elements(args.q_norm),
+                        elements(args.k_norm),
+                        elements(args.cos),
+                        elements(args.sin),
+                        writable(args.q_out),
+                        writable(args.k_out),
+                        v_stays(args, sizeof(T)) ? nullptr : writable(args.v_out),
+                        args.qkv_stride,
+                        args.q_stride,
+                        args.kv_stride,
+                        args.table_stride,
+                        args.block_tables,
+                        args.slots,
+                        args.positions,
+                        args.rows,
+                        args.q_heads,
+                        cache.kv_heads,
+                        cache.head_dim,
+                        cache.block_size,
+                        args.early,
+                        args.eps};
+    if constexpr (sizeof(T) == 2) // fp32 serves exact comparisons: a row's sums do not depend on the others there
+        if (args.rows >= MANY_ROWS && args.rows <= MOST_ROWS && in_groups(args, Vec<T>::N, sizeof(T))) {
+            launch_many(kernel, stream);
+            return;
+        }
     const int heads = args.q_heads + 2 * cache.kv_heads;
-    if (in_pairs(args, sizeof(T)) && args.rows >= MANY_ROWS) {
-        const dim3 grid((args.rows + WARPS - 1) / WARPS, (heads + MANY_HEADS - 1) / MANY_HEADS);
-        const size_t keys = sizeof(T) * MANY_HEADS * WARPS * cache.head_dim; // 32 KiB at most
-        launch_kernel(rope_append<T, MANY_HEADS, 2>, grid, WARPS * 32, keys, stream, kernel);
-        return;
-    }
-    const auto one = in_pairs(args, sizeof(T)) ? rope_append<T, 1, 2> : rope_append<T, 1, 1>;
-    launch_kernel(one, dim3(args.rows, (heads + WARPS - 1) / WARPS), WARPS * 32, 0, stream, kernel);
+    const auto one = in_groups(args, 2, sizeof(T)) ? rope_append<T, 2, HALF> : rope_append<T, 1, HALF>;
+    launch_overlapping(one, dim3(args.rows, (heads + WARPS - 1) / WARPS), WARPS * 32, 0, stream, kernel);
+}
+
+template <class T> void launch(const neo_cuda_qkv &args, cudaStream_t stream) {
+    if (args.cache->head_dim <= 128)
+        launch_for<T, 64>(args, stream);
+    else
+        launch_for<T, 128>(args, stream);
 }
 
 neo_cuda_status check(const neo_cuda_qkv &args) noexcept {

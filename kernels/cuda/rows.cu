@@ -28,6 +28,11 @@ __global__ void __launch_bounds__(NORM_THREADS)
     add_rms_norm(T *hidden, const T *delta, const T *weight, T *out, int width, float eps) {
     using V = Vec<T>;
     __shared__ float sums[32];
+    const V *const weights = reinterpret_cast<const V *>(weight);
+    V weight_first; // of a row of usual width all; of others' rest there are no registers
+    if (static_cast<int>(threadIdx.x) < width / V::N)
+        weight_first = weights[threadIdx.x];
+    await_previous();
     const int64_t first = static_cast<int64_t>(blockIdx.x) * width;
     const int chunks = width / V::N;
     V kept[NORM_CHUNKS];
@@ -56,7 +61,7 @@ __global__ void __launch_bounds__(NORM_THREADS)
         const int chunk = i * blockDim.x + threadIdx.x;
         if (chunk >= chunks)
             break;
-        const V w = reinterpret_cast<const V *>(weight)[chunk];
+        const V w = i == 0 ? weight_first : weights[chunk];
         V y;
 #pragma unroll
         for (int j = 0; j < V::N; j++)
@@ -69,8 +74,10 @@ __global__ void __launch_bounds__(NORM_THREADS)
 template <class T> __device__ float exponential(float x) { return __expf(x); }
 template <> __device__ float exponential<float>(float x) { return expf(x); }
 
-template <class T> __global__ void __launch_bounds__(SILU_THREADS) silu_mul(const T *gate_up, T *out, int width) {
+template <class T>
+__global__ void __launch_bounds__(SILU_THREADS) silu_mul(const T *gate_up, T *out, int width) {
     using V = Vec<T>;
+    await_previous();
     const int chunk = blockIdx.y * SILU_THREADS + threadIdx.x;
     if (chunk >= width / V::N)
         return;
@@ -96,16 +103,16 @@ template <class T> void launch(const neo_cuda_norm &args, cudaStream_t stream) {
     const int chunks = args.width / Vec<T>::N;
     int threads = (chunks + 31) / 32 * 32;
     threads = threads > NORM_THREADS ? NORM_THREADS : threads;
-    launch_kernel(add_rms_norm<T>, args.rows, threads, 0, stream, static_cast<T *>(args.hidden),
-                  static_cast<const T *>(args.delta), static_cast<const T *>(args.weight), static_cast<T *>(args.out),
-                  args.width, args.eps);
+    launch_overlapping(add_rms_norm<T>, args.rows, threads, 0, stream, static_cast<T *>(args.hidden),
+                       static_cast<const T *>(args.delta), static_cast<const T *>(args.weight),
+                       static_cast<T *>(args.out), args.width, args.eps);
 }
 
 template <class T> void launch(const neo_cuda_silu &args, cudaStream_t stream) {
     const unsigned chunks = args.width / Vec<T>::N;
     const dim3 grid(args.rows, (chunks + SILU_THREADS - 1) / SILU_THREADS);
-    launch_kernel(silu_mul<T>, grid, SILU_THREADS, 0, stream, static_cast<const T *>(args.gate_up),
-                  static_cast<T *>(args.out), args.width);
+    launch_overlapping(silu_mul<T>, grid, SILU_THREADS, 0, stream, static_cast<const T *>(args.gate_up),
+                       static_cast<T *>(args.out), args.width);
 }
 
 template <class Args> void launch_as(const Args &args, int32_t dtype, void *stream) {

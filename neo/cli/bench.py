@@ -157,7 +157,7 @@ def bench(
     policy: opt.Policy = None,
     policy_opt: opt.PolicyOpt = None,
     hardware: eng.Hardware = "this",
-    cost: opt.Cost = "roofline",
+    cost: opt.Cost = "auto",
     cost_opt: opt.CostOpt = None,
     kv_gpu_blocks: eng.KvGpuBlocks = None,
     kv_cpu_blocks: eng.KvCpuBlocks = None,
@@ -331,12 +331,16 @@ class MeasuredRun(Run["Replay"]):
     def prepare(self, stack: ExitStack, log: OpenLog, progress: Progress | None) -> Replay:
         """Warm up; make the engine, whose KV memory is reserved here."""
         from neo.runtime.replay import Replay, warm_up
+        from neo.runtime.warm import prepare_engine
 
         how = self.how
         if how.warmup:
             warm_up(how.parts, self.system)
-        engine = how.parts.engine(self.system, slices_of=sys.maxsize if how.bubbles else how.timeline)
+        slices = sys.maxsize if how.bubbles else how.timeline
+        engine = how.parts.engine(self.system, slices_of=slices)
         stack.callback(engine.close)
+        if how.warmup and not slices:  # of the engine's own steps, which these would count among
+            prepare_engine(engine, how.parts.spec)
         if note := _note(engine):
             print(f"note: {note}", file=sys.stderr)
         header = {
@@ -382,7 +386,7 @@ class MeasuredRun(Run["Replay"]):
         found = [str(w) for w in self.system.cost.describe().get("warnings", ())]
         if note := _note(driver.engine):
             found.append(note)
-        if config.hardware == THIS_MACHINE and config.cost_model == "roofline":
+        if config.hardware == THIS_MACHINE and self.system.config.cost_model.endswith("roofline"):
             found.append(
                 "policies planned with rough rates of this machine, measured in a moment; "
                 "'neo profile' makes a table for --cost profiled:TABLE.json"

@@ -101,7 +101,7 @@ def compare(
     model: opt.Model = "llama-3.1-8b",
     tp: opt.Tp = None,
     dtype: opt.Dtype = None,
-    cost: opt.Cost = "roofline",
+    cost: opt.Cost = "auto",
     cost_opt: opt.CostOpt = None,
     kv_gpu_blocks: opt.KvGpuBlocks = None,
     kv_cpu_blocks: opt.KvCpuBlocks = None,

@@ -102,7 +102,12 @@ Dtype = Annotated[
 ]
 Cost = Annotated[
     str,
-    _option(SYSTEM, "--cost", help="Cost model: roofline, profiled:TABLE.json, or path/to/file.py:Class."),
+    _option(
+        SYSTEM,
+        "--cost",
+        help="Cost model: roofline, profiled:TABLE.json, path/to/file.py:Class; auto: the table measured on "
+        "this hardware preset, else roofline. calibrated: before one: corrected by measured steps.",
+    ),
 ]
 CostOpt = Annotated[
     list[str] | None, _option(SYSTEM, "--cost-opt", help="key=value of the cost model. Repeatable.")

@@ -17,6 +17,7 @@ from neo.cli.flags import folder_of
 from neo.core.errors import InputError, NeoError
 from neo.core.record import RunRecord
 from neo.core.runlog import RunLog
+from neo.cost.loading import table_of
 from neo.report.files import RunMeta, RunResult, run_result, write_run
 from neo.report.metrics import SLO
 from neo.report.tables import comparison_table, result_table
@@ -183,7 +184,7 @@ class Runner:
         except OSError as error:
             raise InputError(f"cannot write into --out {directory}: {error.strerror}") from error
         keep_cost_table(self._run.system.config.cost_model, directory)
-        return RunLog(file, header)
+        return RunLog(file, header, self._run.system.cost)
 
     def _finish(self, driver: Driver, wall_time_s: float) -> RunResult:
         output, record = self.output, driver.record
@@ -220,8 +221,8 @@ def open_results(directory: Path, flag: str = "--out") -> None:
 
 def keep_cost_table(cost_model: str, directory: Path) -> None:
     """The table that decisions are made with stays with them: ``neo validate`` looks for it here."""
-    kind, _, path = cost_model.partition(":")
-    if kind != "profiled":
+    path = table_of(cost_model)
+    if path is None:
         return
     table = Path(path).expanduser()
     try:

@@ -105,7 +105,7 @@ def serve(
     policy: Policy = "neo",
     policy_opt: opt.PolicyOpt = None,
     hardware: eng.Hardware = "this",
-    cost: opt.Cost = "roofline",
+    cost: opt.Cost = "auto",
     cost_opt: opt.CostOpt = None,
     backend: eng.Backend = eng.Kernels.auto,
     device: eng.Device = eng.Devices.auto,

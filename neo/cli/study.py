@@ -65,7 +65,7 @@ class Settings(BaseModel):
     model: str = "llama-3.1-8b"
     tp: int | None = Field(default=None, ge=1)
     dtype: str | None = None
-    cost: str = "roofline"
+    cost: str = "auto"
     cost_opt: dict[str, str] = Field(default_factory=dict)
     kv_gpu_blocks: int | None = Field(default=None, ge=1)
     kv_cpu_blocks: int | None = Field(default=None, ge=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +12,12 @@ import typer
 from neo import __version__
 from neo.cli.flags import key_values
 from neo.cli.runner import try_plot
+from neo.cli.validate_timeline import View, timeline_of, write_timelines
 from neo.core.errors import InputError, NeoError
 from neo.core.logreader import LOG_FILE, LogReader, RequestRow, read_requests
-from neo.core.record import RunRecord
+from neo.core.record import RunRecord, Slice
 from neo.core.replayed import Replay
+from neo.cost.calibrated import Calibrated
 from neo.report.files import REQUESTS_FILE, SUMMARY_FILE, atomic, read_summary
 from neo.report.validation import (
     exceeded,
@@ -51,8 +53,19 @@ MaxError = Annotated[
         help="Largest relative errors, as throughput=0.10,tpot=0.10,ttft=0.15; exit code 1 beyond them.",
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Directory for validation.json and the plot.")]
-Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plot into --out.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Directory for validation.json and the plots.")]
+Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plots into --out.")]
+Step = Annotated[
+    int | None,
+    typer.Option(
+        "--step",
+        help="Draw this step (from 0) of a run with a timeline.json (default: one with much to see).",
+        min=0,
+    ),
+]
+LayersOpt = Annotated[
+    str | None, typer.Option("--layers", help="Draw only the time in which these layers run, as 10-12.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -64,6 +77,8 @@ def validate(
     max_error: MaxError = None,
     out: Out = None,
     plots: Plots = True,
+    step: Step = None,
+    layers: LayersOpt = None,
     as_json: AsJson = False,
 ) -> None:
     """Replay runs: do the decisions agree with the simulator's (else exit code 1), how far are its times?"""
@@ -72,9 +87,12 @@ def validate(
     if options and cost is None:
         raise InputError("--cost-opt needs --cost")
     instead = Substitutes(policy, cost, options)
+    view = View(step, layers)
+    if (step is not None or layers is not None) and out is None:
+        raise InputError("--step and --layers say what is drawn into --out")
     names = labels([str(run) for run in runs])
-    checked = [_validate(run, name, instead) for run, name in zip(runs, names, strict=True)]
-    results = [result for result, _ in checked]
+    checked = [_validate(run, name, instead, out is not None) for run, name in zip(runs, names, strict=True)]
+    results = [result for result, _, _ in checked]
     failures = _divergences(results) + exceeded(results, limits)
     report = {
         "neo": __version__,
@@ -84,7 +102,8 @@ def validate(
         "failures": failures,
     }
     if out is not None:
-        _write(out, report, [replay for _, replay in checked], plots)
+        _write(out, report, [replay for _, replay, _ in checked], plots)
+        write_timelines(out, [(r["run"], r, replay, slices) for r, replay, slices in checked], view, plots)
     if as_json:
         print(json.dumps(report, allow_nan=False))
     else:
@@ -108,24 +127,31 @@ class _Opened:
         return not self.summary.get("interrupted")
 
 
-def _validate(run: Path, name: str, instead: Substitutes) -> tuple[dict[str, Any], Replay]:
-    """One run: its decisions replayed, its steps predicted, its requests simulated."""
+def _validate(
+    run: Path, name: str, instead: Substitutes, timelines: bool
+) -> tuple[dict[str, Any], Replay, list[Slice]]:
+    """One run: its decisions replayed, its steps predicted, its requests simulated; its own timeline."""
     if not run.is_dir():
         raise InputError(f"{run}: no such directory; give one that 'neo bench --out' or 'neo simulate' wrote")
     opened = _Opened(run, _summary(run), read_requests(run / REQUESTS_FILE), LogReader(run / LOG_FILE))
     decided, timed, notes = systems_of(opened.log.header, f"{run / LOG_FILE}:1", run, instead)
     arrivals = {row.id: row.arrival_s for row in opened.rows.values()}
-    replay, journal = replay_log(opened.log, decided, timed.cost, arrivals)
+    slices = timeline_of(run) if timelines else []
+    shown_steps = {s.step for s in slices}
+    replay, journal = replay_log(opened.log, decided, timed.cost, arrivals, shown_steps)
     notes += _check_end(opened, replay, journal)
+    if isinstance(timed.cost, Calibrated):
+        notes.append(f"{timed.cost.told()}; end to end is simulated with these, which are of this run itself")
+        timed = replace(timed, cost=timed.cost.fixed())
     record, kept = _again(opened, timed, journal)
     left_out = len(opened.rows) - len(kept)
     if left_out:
         notes.append(f"{left_out} requests had not ended; they are left out of the end-to-end comparison")
     notes += [str(w) for w in timed.cost.describe().get("warnings", ())]
     cost = instead.cost_model or str(opened.log.header.get("cost_model"))
-    shown = cost.partition(":")[0] + ":" + Path(cost.partition(":")[2]).name if ":" in cost else cost
+    shown = ":".join(Path(part).name for part in cost.split(":"))
     result = validation(name, opened.summary, shown, replay, kept, left_out, record, notes)
-    return result, replay
+    return result, replay, slices
 
 
 def _summary(run: Path) -> dict[str, Any]:

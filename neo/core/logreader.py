@@ -67,7 +67,7 @@ class StepLine:
 
     ``moves`` holds (id, tier, [first layer, end layer,] order), ``evict`` (id, mode), ``reject``
     (id, reason), ``ring`` the plan's, ``ops`` by (kind, sub-batch) the number of operations and their
-    seconds in all.
+    seconds in all, ``cost`` the factors that a cost model took from the step.
     """
 
     line: int
@@ -82,6 +82,7 @@ class StepLine:
     stopped: Mapping[str, FinishReason] = field(default_factory=dict)
     ops: Mapping[tuple[str, int], tuple[int, float]] = field(default_factory=dict)
     ring: int = 0
+    cost: Mapping[str, float] = field(default_factory=dict)
 
 
 Entry = AddLine | EndLine | StepLine
@@ -197,6 +198,7 @@ def _step(record: dict[str, Any], line: int) -> StepLine:
         {i: _reason(reason) for i, reason in _object(record, "stopped").items()},
         {_op_key(k): _op_times(k, v) for k, v in _object(record, "ops").items()},
         _whole(record, "ring", 0) if "ring" in record else 0,
+        {part: _factor(part, value) for part, value in _object(record, "cost").items()},
     )
 
 
@@ -243,6 +245,12 @@ def _op_times(key: str, value: Any) -> tuple[int, float]:
         case [int(count), int(seconds) | float(seconds)] if count >= 0 and 0 <= seconds < math.inf:
             return count, float(seconds)
     raise _LineError(f"ops, {key}: expected [operations, seconds], got {_short(value)}")
+
+
+def _factor(part: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+        raise _LineError(f"cost, {part}: expected a factor, got {_short(value)}")
+    return float(value)
 
 
 def _ids(record: dict[str, Any], key: str) -> tuple[str, ...]:

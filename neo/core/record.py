@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from neo.core.graph import StepGraph
+from neo.core.learning import StepSeconds
 from neo.core.request import Request
 
 
@@ -102,6 +104,9 @@ class RunRecord:
         self._rows.append(row)
         if len(self._rows) >= _BUFFERED_ROWS:
             _ = self.columns
+
+    def ran(self, graph: StepGraph, measured: StepSeconds) -> None:
+        """A measured step ended, whose row was added just now. Nothing of it is kept here."""
 
     def add_busy(self, resource: str, seconds: Any, steps: int) -> float:
         """Add the busy seconds of ``steps`` steps (a number, or one per step); returns their sum.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from neo.core.bubbles import Bubbles
 from neo.core.graph import Resource
+from neo.core.learning import StepSeconds, learning
 from neo.core.pipeline import bytes_moved
 from neo.core.plan import StepPlan
 from neo.core.record import Mode, RunRecord
@@ -39,7 +40,7 @@ class Recorder:
     A driver that prices its steps calls ``observe`` when a step ends. One that measures them calls ``begin``
     when a step has been planned and ``observe_measured`` when it has ended: in between the next step may
     have been planned. Both are told before ``Scheduler.finish_step``, as gaps between tokens are counted from
-    each request's ``last_token_s``.
+    each request's ``last_token_s``. What was measured is passed on to a cost model that learns.
 
     Args:
         bubbles: is told of every step that was priced, if given.
@@ -49,6 +50,7 @@ class Recorder:
         self.record = record
         self.scheduler = scheduler
         self.bubbles = bubbles
+        self._learning = learning(scheduler.cost)
 
     def begin(self, planned: Planned) -> Begun:
         """Note what a planned step starts from; after ``plan_step``, before ``commit_step``."""
@@ -99,6 +101,11 @@ class Recorder:
             r.last_token_s or 0.0 for b in begun.planned.plan.batches for r in b.decodes if r.finish_s is None
         ]
         self._note(begun, busy, start, [end], last)
+        graph = begun.planned.graph
+        measured = StepSeconds(end - start, busy.get(Resource.HOST), busy.get(Resource.CPU))
+        if self._learning is not None:
+            self._learning.observe(graph, measured)
+        self.record.ran(graph, measured)
 
     def _note(
         self, begun: Begun, busy: Mapping[Resource, Any], start: float, ends: list[float], last: list[float]

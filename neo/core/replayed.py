@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
+from neo.core.record import Slice
+
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
@@ -39,6 +41,7 @@ class Replay:
         divergence: the first difference, where the replay stopped; None if there is none.
         steps: seconds of each step line.
         ops: by (operation kind, sub-batch), seconds of all such operations of each step line.
+        slices: every operation of the steps asked for, as predicted from when these steps began.
     """
 
     equal: int = 0
@@ -47,3 +50,4 @@ class Replay:
     divergence: Divergence | None = None
     steps: Times = field(default_factory=Times)
     ops: dict[tuple[str, int], Times] = field(default_factory=dict)
+    slices: list[Slice] = field(default_factory=list)

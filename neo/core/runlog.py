@@ -12,7 +12,8 @@ Lines, by ``"type"``:
   membership differs from the same role in the step before: ``add``, ``drop`` (ids). Steps of an engine may
   also have ``start`` (from when on it is counted, where that is not ``t``: at the end of the step before,
   whose clearing up is part of it), ``stopped`` (id: reason of requests that ended before their length
-  limit) and ``ops`` (measured: ``KIND:sub-batch`` to [operations, seconds in all]).
+  limit), ``ops`` (measured: ``KIND:sub-batch`` to [operations, seconds in all]) and ``cost`` (the factors of
+  a cost model that learns, if this step changed them: what is planned once it has ended follows them).
 
 Times are seconds on the driver's clock.
 """
@@ -24,6 +25,7 @@ from collections.abc import Mapping
 from json.encoder import encode_basestring_ascii as _quote
 from typing import Any, TextIO
 
+from neo.core.learning import learning
 from neo.core.plan import StepPlan, SubBatch
 from neo.core.request import Request
 
@@ -31,10 +33,18 @@ _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 class RunLog:
-    """Writes a run log to an open text file."""
+    """Writes a run log to an open text file.
 
-    def __init__(self, file: TextIO, header: Mapping[str, Any]) -> None:
+    Args:
+        file: where to.
+        header: the ``run`` line.
+        cost: the cost model that is planned with: what it learns is part of the log.
+    """
+
+    def __init__(self, file: TextIO, header: Mapping[str, Any], cost: object = None) -> None:
         self._write = file.write
+        self._learning = learning(cost)
+        self._version = self._learning.version if self._learning is not None else 0
         self._last: dict[tuple[int, str], tuple[Request, ...]] = {}
         self._line({"type": "run", **header})
 
@@ -88,6 +98,9 @@ class RunLog:
         for name, given in (("start", start), ("stopped", stopped), ("ops", ops)):
             if given:
                 line += f',"{name}":{_dumps(given)}'
+        if self._learning is not None and self._learning.version != self._version:
+            self._version = self._learning.version
+            line += f',"cost":{_dumps(dict(self._learning.factors))}'
         self._write(line + "}\n")
 
     def _batch(self, batch: SubBatch, index: int) -> str:

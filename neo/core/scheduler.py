@@ -14,7 +14,7 @@ know: times, and requests that stopped early.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -145,6 +145,11 @@ class Scheduler:
     def stopping(self) -> list[tuple[str, FinishReason]]:
         """Requests that have stopped while the step planned ahead holds them still."""
         return [(stop.request.id, stop.reason) for stop in self._stopping]
+
+    @property
+    def leaving(self) -> Sequence[Request]:
+        """Requests that reach their length limit with the committed step: their blocks are free already."""
+        return () if self._committed is None else self._committed.ended
 
     # -- requests come and go -----------------------------------------------------------------------------
 

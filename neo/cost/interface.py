@@ -13,7 +13,8 @@ class CostModel(Protocol):
 
     A model must be a pure function of ``(kind, work)`` between two calls of the same step, and monotone:
     more work never takes less time. Contention between copies and CPU attention, launch and hand-over
-    overheads are its business: the ``beside_bytes`` of a Work say what else moves.
+    overheads are its business: the ``beside_bytes`` of a Work say what else moves. One whose prices change
+    between steps has a ``version`` that grows with every change (``neo.core.learning.Learning``).
     """
 
     def seconds(self, kind: OpKind, work: Work) -> Any:

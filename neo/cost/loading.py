@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,14 @@ from neo.core.errors import InputError, NeoError
 from neo.core.plugins import close_matches, load_object
 from neo.core.specs import HardwareSpec, ModelSpec
 from neo.cost.interface import CostModel
+from neo.cost.presets import shipped_table
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 ENTRY_POINTS = "neo.cost_models"
-BUILT_IN = ("profiled", "roofline")
+BUILT_IN = ("auto", "calibrated", "profiled", "roofline")
+_CALIBRATED = "calibrated:"
 
 
 def cost_model_names() -> list[str]:
@@ -31,7 +34,8 @@ def load_cost_model(
     Args:
         spec: ``roofline``, ``profiled:TABLE.json``, a name registered under the entry points
             ``neo.cost_models``, or ``path/to/file.py:Class`` (``package.module:Class`` works too); a class is
-            constructed with ``(model, hardware, **options)``.
+            constructed with ``(model, hardware, **options)``. ``calibrated:`` before any of them corrects it
+            online; ``auto``: see ``resolve_cost``.
         model: what runs.
         hardware: where it runs.
         options: keyword options of the cost model, as text (``--cost-opt key=value``).
@@ -40,7 +44,10 @@ def load_cost_model(
         InputError: one line: what was wrong and where.
     """
     options = dict(options or {})
+    spec = resolve_cost(spec, model, hardware.name)
     name, _, rest = spec.partition(":")
+    if name == "calibrated":
+        return _calibrated(rest, model, hardware, options)
     if name == "roofline" and not rest:
         from neo.cost.roofline import Roofline
 
@@ -64,6 +71,50 @@ def load_cost_model(
         f"unknown cost model '{spec}'{close_matches(spec, known)} "
         f"(known: {', '.join(known)}; or path/to/file.py:Class)"
     )
+
+
+def resolve_cost(spec: str, model: ModelSpec, hardware: str) -> str:
+    """``spec`` with ``auto`` replaced: by the table that was measured on the hardware of that name with this
+    shape of model and comes with neo, else by the roofline."""
+    before, _, last = spec.rpartition(":")
+    if last != "auto" or before not in ("", "calibrated"):
+        return spec
+    table = shipped_table(hardware, model)
+    found = "roofline" if table is None else f"profiled:{table}"
+    return f"{before}:{found}" if before else found
+
+
+def is_calibrated(spec: str) -> bool:
+    """Whether the cost model of that name learns from measured steps."""
+    return spec.partition(":")[0] == "calibrated"
+
+
+def table_of(spec: str) -> str | None:
+    """The file with the measured table that a cost model of that name reads, if it reads one."""
+    kind, _, path = spec.removeprefix(_CALIBRATED).partition(":")
+    return path if kind == "profiled" else None
+
+
+def with_table(spec: str, path: str) -> str:
+    """``spec``, which reads a table, with another file for it."""
+    return f"{_CALIBRATED if is_calibrated(spec) else ''}profiled:{path}"
+
+
+def _calibrated(base: str, model: ModelSpec, hardware: HardwareSpec, options: dict[str, Any]) -> CostModel:
+    if not base:
+        raise InputError("cost model 'calibrated' needs what it corrects: calibrated:roofline")
+    if is_calibrated(base):
+        raise InputError(f"cost model 'calibrated:{base}': it corrects others, not itself")
+    from neo.cost.calibrated import TIME_CONSTANT, Calibrated
+
+    given = options.pop("time_constant", TIME_CONSTANT)
+    try:
+        steps = float(given)
+    except (TypeError, ValueError):
+        steps = math.nan
+    if not 1.0 <= steps < math.inf:
+        raise InputError(f"cost model 'calibrated': time_constant={given}: expected steps, at least 1")
+    return Calibrated(load_cost_model(base, model, hardware, options), steps)
 
 
 def _registered() -> dict[str, EntryPoint]:

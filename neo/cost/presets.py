@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,20 @@ def load_model(name_or_path: str | Path, tp: int = 1, dtype: str | None = None) 
             f"and {spec.heads} heads"
         )
     return spec
+
+
+def shipped_table(hardware: str, model: ModelSpec) -> Path | None:
+    """The measured cost table of a preset machine for this shape of model; None where neo brings none."""
+    if hardware not in _names("hardware"):
+        return None
+    for path in sorted((profiles_dir() / hardware).glob("*.json")):
+        table = json.loads(path.read_text())
+        shape = {field: value for field, value in table["model"].items() if field != "name"} | {
+            "tp": table["tp"]
+        }
+        if all(value == getattr(model, field) for field, value in shape.items()):
+            return path
+    return None
 
 
 def hardware_rows() -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,10 +57,16 @@ def write_timeline(slices: Iterable[Slice], path: str | Path) -> Path:
     Raises:
         InputError: a slice names an unknown resource or ends before it starts, or the file cannot be written.
     """
+    return write_trace({"neo": slices}, path)
+
+
+def write_trace(processes: Mapping[str, Iterable[Slice]], path: str | Path) -> Path:
+    """``write_timeline`` for several timelines, each as a process of the trace, in their order, by name."""
     path = Path(path)
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as f:
         f.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-        f.writelines(_joined(_events(slices)))
+        events = (_events(s, pid, name) for pid, (name, s) in enumerate(processes.items(), start=1))
+        f.writelines(_joined(chain.from_iterable(events)))
         f.write("\n]}\n")
     return path
 
@@ -69,9 +76,11 @@ def _joined(lines: Iterator[str]) -> Iterator[str]:
         yield ",\n" + line if i else line
 
 
-def _events(slices: Iterable[Slice]) -> Iterator[str]:
+def _events(slices: Iterable[Slice], pid: int, process: str) -> Iterator[str]:
     """Every trace event as JSON text: slices as they come, then steps and the tracks' names."""
-    yield _metadata("process_name", 0, name="neo")
+    yield _metadata("process_name", pid, 0, name=process)
+    if pid > 1:
+        yield _metadata("process_sort_index", pid, 0, sort_index=pid)
     tids = {name: tid for tid, name in enumerate(TRACKS, start=1)}
     used = {"steps"}
     steps: dict[int, tuple[int, int]] = {}
@@ -91,29 +100,29 @@ def _events(slices: Iterable[Slice]) -> Iterator[str]:
         args = (
             f'{{"op": {json.dumps(str(s.name))}, "layer": {layer}, "sub_batch": {batch}, "step": {s.step}}}'
         )
-        yield _slice(label, str(s.name), tid, start, end, args)
+        yield _slice(label, str(s.name), pid, tid, start, end, args)
         known = steps.get(s.step)
         steps[s.step] = (start, end) if known is None else (min(known[0], start), max(known[1], end))
     ordered = sorted(steps.items(), key=lambda item: (item[1][0], item[0]))
     for i, (step, (start, end)) in enumerate(ordered):
         # a step planned during the one before it would overlap it on this track: cut the earlier one
         end = min(end, ordered[i + 1][1][0]) if i + 1 < len(ordered) else end
-        yield _slice(f"step {step}", "STEP", tids["steps"], start, end, f'{{"step": {step}}}')
+        yield _slice(f"step {step}", "STEP", pid, tids["steps"], start, end, f'{{"step": {step}}}')
     for name in TRACKS:
         if name in used:
-            yield _metadata("thread_name", tids[name], name=TRACK_NAMES[name])
-            yield _metadata("thread_sort_index", tids[name], sort_index=tids[name])
+            yield _metadata("thread_name", pid, tids[name], name=TRACK_NAMES[name])
+            yield _metadata("thread_sort_index", pid, tids[name], sort_index=tids[name])
 
 
-def _slice(label: str, category: str, tid: int, start_ns: int, end_ns: int, args: str) -> str:
+def _slice(label: str, category: str, pid: int, tid: int, start_ns: int, end_ns: int, args: str) -> str:
     return (
-        f'{{"name": {json.dumps(label)}, "cat": {json.dumps(category)}, "ph": "X", "pid": 1, "tid": {tid}, '
-        f'"ts": {start_ns / 1000}, "dur": {(end_ns - start_ns) / 1000}, "args": {args}}}'
+        f'{{"name": {json.dumps(label)}, "cat": {json.dumps(category)}, "ph": "X", "pid": {pid}, '
+        f'"tid": {tid}, "ts": {start_ns / 1000}, "dur": {(end_ns - start_ns) / 1000}, "args": {args}}}'
     )
 
 
-def _metadata(kind: str, tid: int, **args: str | int) -> str:
-    return json.dumps({"name": kind, "ph": "M", "pid": 1, "tid": tid, "args": args})
+def _metadata(kind: str, pid: int, tid: int, **args: str | int) -> str:
+    return json.dumps({"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": args})
 
 
 def plot_timeline(
@@ -141,39 +150,39 @@ def plot_timeline(
         step = chosen[0].step if step is None else step
         chosen = [s for s in chosen if s.step == step]
     if layers is not None:
-        chosen = _window(chosen, layers)
+        chosen = window(chosen, layers)
     if not chosen:
         raise InputError(f"timeline: nothing to show of step {step}, layers {layers}")
     path = Path(path)
     stem = path.with_suffix("") if path.suffix in (".svg", ".png") else path
     lanes = [r for r in TRACKS if any(s.resource == r for s in chosen)]
-    subtitle = f"step {step} · {_span(chosen)[1] * 1e3:.4g} ms"
+    subtitle = f"step {step} · {span(chosen)[1] * 1e3:.4g} ms"
     if layers is not None:
         subtitle += f" · layers {layers[0]} to {layers[1]}"
     with style.drawing():
         figure = style.new_figure(13, 1.6 + 0.62 * len(lanes), title or "Operations of one step", subtitle)
         axes = figure.subplots()
-        _gantt(axes, chosen, lanes)
+        gantt(axes, chosen, lanes, span(chosen)[1])
+        legend(axes, chosen)
         return style.save(figure, stem)
 
 
-def _window(slices: Sequence[Slice], layers: tuple[int, int]) -> list[Slice]:
+def window(slices: Sequence[Slice], layers: tuple[int, int]) -> list[Slice]:
     """What runs while ``layers`` (first, last) are worked on, cut to that time."""
     inside = [s for s in slices if s.layer is not None and layers[0] <= s.layer <= layers[1]]
     if not inside:
         return []
-    low, length = _span(inside)
+    low, length = span(inside)
     high = low + length
     cut = (s._replace(start_s=max(s.start_s, low), end_s=min(s.end_s, high)) for s in slices)
     return [s for s in cut if s.end_s > s.start_s]
 
 
-def _gantt(axes: Axes, slices: Sequence[Slice], lanes: Sequence[str]) -> None:
-    from matplotlib.patches import Patch
-
-    origin, span = _span(slices)
+def gantt(axes: Axes, slices: Sequence[Slice], lanes: Sequence[str], length: float) -> None:
+    """Draw slices on their lanes, from the first one's start over ``length`` seconds."""
+    origin, _ = span(slices)
     crowded = len(slices) >= CROWDED
-    scale, unit = style.time_unit(span)
+    scale, unit = style.time_unit(length)
     for s in slices:
         lane = lanes.index(s.resource)
         x, width = (s.start_s - origin) / scale, (s.end_s - s.start_s) / scale
@@ -182,13 +191,13 @@ def _gantt(axes: Axes, slices: Sequence[Slice], lanes: Sequence[str]) -> None:
             lane, width, left=x, height=0.74, color=color, edgecolor=color if crowded else "white",
             linewidth=0.6,
         )  # fmt: skip
-        if s.batch > 0 and width * scale > THIN * span:
+        if s.batch > 0 and width * scale > THIN * length:
             # hatching takes the colour of the edge: a second, empty bar
             axes.barh(
                 lane, width, left=x, height=0.74, fill=False, hatch="////", edgecolor="white", linewidth=0
             )
         texts = (s.name,) if s.layer is None else (f"{s.name} {s.layer}", s.name)
-        text = next((t for t in texts if width * scale > CHARACTER * (len(t) + 1) * span), "")
+        text = next((t for t in texts if width * scale > CHARACTER * (len(t) + 1) * length), "")
         if text:
             axes.text(
                 x + width / 2, lane, text, ha="center", va="center", fontsize=7, clip_on=True,
@@ -197,8 +206,14 @@ def _gantt(axes: Axes, slices: Sequence[Slice], lanes: Sequence[str]) -> None:
     axes.set_yticks(range(len(lanes)), [TRACK_NAMES[r] for r in lanes])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
-    axes.set_xlim(0, span / scale)
+    axes.set_xlim(0, length / scale)
     axes.set_xlabel(f"time ({unit})")
+
+
+def legend(axes: Axes, slices: Sequence[Slice]) -> None:
+    """Say which operations the colours of these slices are, and which sub-batch is hatched."""
+    from matplotlib.patches import Patch
+
     names = [k.value for k in OpKind if any(s.name == k.value for s in slices)]
     names += sorted({s.name for s in slices} - set(names))
     colors = dict.fromkeys(_op_color(n) for n in names)
@@ -211,7 +226,7 @@ def _gantt(axes: Axes, slices: Sequence[Slice], lanes: Sequence[str]) -> None:
     style.legend_outside(axes, handles=handles)
 
 
-def _span(slices: Sequence[Slice]) -> tuple[float, float]:
+def span(slices: Sequence[Slice]) -> tuple[float, float]:
     """Start and length of ``slices``, seconds; the length is never 0."""
     origin = min(s.start_s for s in slices)
     return origin, max(s.end_s for s in slices) - origin or 1e-9

@@ -14,10 +14,11 @@ from neo.core.view import Limits, SystemView
 from neo.cost.memory import kv_budget
 from neo.runtime import cpu_library, cuda_library
 from neo.runtime.block_tables import BlockTables
+from neo.runtime.cuda_linear import Tuned
 from neo.runtime.device import kv_bytes
 from neo.runtime.executor import Executor
 from neo.runtime.kv_memory import available_bytes
-from neo.runtime.machine import local_hardware, usable_cores
+from neo.runtime.machine import local_hardware, read_bandwidth, usable_cores
 from neo.runtime.model import Model
 
 _GIB = 1 << 30
@@ -70,6 +71,7 @@ class CudaDevice:
             )
         self._memory = memory_bytes or self._total
         torch.set_num_threads(1)  # the others are for attention
+        self._tuned: tuple[Model, Tuned] | None = None
 
     @property
     def torch(self) -> torch.device:
@@ -87,6 +89,7 @@ class CudaDevice:
         twin = torch.empty_like(big)
         h2d = _BYTES / _best(lambda: big.copy_(pinned, non_blocking=True))
         d2h = _BYTES / _best(lambda: pinned.copy_(big, non_blocking=True))
+        read = read_bandwidth(self.cpu_threads, self.cpu_cores) or host.cpu_bandwidth
         return replace(
             host,
             name=f"{name.removeprefix('NVIDIA ').lower().replace(' ', '-')}+{self.cpu_threads}",
@@ -97,6 +100,8 @@ class CudaDevice:
             h2d_bandwidth=h2d,
             d2h_bandwidth=d2h,
             duplex_bandwidth=max(h2d, d2h),
+            cpu_bandwidth=read,
+            cpu_bandwidth_beside_copy=read,
             cpu_memory_bytes=float(available_bytes() or host.cpu_memory_bytes),
         )
 
@@ -134,10 +139,15 @@ class CudaDevice:
         """See ``neo.runtime.device.Device.executor``."""
         from neo.runtime.cuda_executor import CudaExecutor, CudaExecutorOptions
 
+        if self._tuned is None or self._tuned[0] is not model:
+            tuned = Tuned(model.weights)
+            with torch.inference_mode():
+                tuned.prepare_all(limits.max_batch_tokens)
+            self._tuned = model, tuned
         options = CudaExecutorOptions(
             limits.max_batch_tokens, limits.max_seqs, self.cpu_threads, self.cpu_cores, self.graphs
         )
-        return CudaExecutor(model, tables, options, staging, slices_of, timed)
+        return CudaExecutor(model, tables, options, staging, slices_of, timed, self._tuned[1])
 
 
 def _best(run: Callable[[], object]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -11,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neo.runtime.cuda_linear import padded_rows
 from neo.runtime.cuda_rows import Layout
 from neo.runtime.cuda_step import to_device
 from neo.runtime.step_inputs import BatchInputs, StepInputs
 
-_SIZES = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-"""Rows are padded to these: rows of nobody cost next to nothing where weights are what is read."""
 _KEPT = 64  # graphs; the one that was not used for longest goes first
 
 
@@ -66,15 +64,11 @@ def padded(batches: Sequence[BatchInputs], most: Sequence[int]) -> list[Layout]:
     """Layouts of sub-batches of decodes, the GPU's first, padded as far as ``most`` rows allow."""
     found = []
     for batch, rows in zip(batches, most, strict=True):
-        gpu, cpu = _padded(len(batch.gpu)), _padded(len(batch.cpu))
+        gpu, cpu = padded_rows(len(batch.gpu)), padded_rows(len(batch.cpu))
         if gpu + cpu > rows:
             gpu, cpu = len(batch.gpu), len(batch.cpu)
         found.append(Layout(gpu + cpu, 0, gpu, gpu, cpu))
     return found
-
-
-def _padded(count: int) -> int:
-    return _SIZES[bisect_left(_SIZES, count)] if count <= _SIZES[-1] else count
 
 
 def valid_rows(logits: Tensor, inputs: StepInputs, layouts: Sequence[Layout]) -> Tensor:

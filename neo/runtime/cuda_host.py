@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from neo.runtime import cpu_library as c
-from neo.runtime import cuda_kernels as kernels
+from neo.runtime import cuda_transfers as transfers
 from neo.runtime.block_tables import TierBlocks
 from neo.runtime.cpu_kernels import Pool
 from neo.runtime.cpu_worker import Worker
+from neo.runtime.cuda_kernels import Launch
 from neo.runtime.errors import EngineError
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.native_args import fill_append, fill_decode
@@ -38,22 +39,22 @@ class HandOver:
     def __init__(
         self, rows: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.channel = kernels.Channel(device)
+        self.channel = transfers.Channel(device)
         self.packed = torch.zeros((rows, (heads + 2 * kv_heads) * dim), dtype=dtype).pin_memory()
         self.answer = torch.zeros((rows, heads * dim), dtype=dtype).pin_memory()
         self.q = self.packed[:, : heads * dim].view(rows, heads, dim)
         self.k = self.packed[:, heads * dim : (heads + kv_heads) * dim].view(rows, kv_heads, dim)
         self.v = self.packed[:, (heads + kv_heads) * dim :].view(rows, kv_heads, dim)
         self.out = self.answer.view(rows, heads, dim)
-        self.post: kernels.Launch | None = None
-        self.wait: kernels.Launch | None = None
-        self.append_args, self.decode_args = c.Append(), c.Decode()
+        self.post: Launch | None = None
+        self.wait: Launch | None = None
+        self.asked = 0  # numbers that the steps submitted so far ask for
 
     def describe(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         """The device's kernels, for rows of these buffers; ``place`` says which rows."""
         n = len(self.packed)
-        self.post = kernels.post_rows(self.channel, q[:n], k[:n], v[:n], self.packed)
-        self.wait = kernels.await_rows(self.channel, self.answer, out[:n], _TIMEOUT_S)
+        self.post = transfers.post_rows(self.channel, q[:n], k[:n], v[:n], self.packed)
+        self.wait = transfers.await_rows(self.channel, self.answer, out[:n], _TIMEOUT_S)
         by, args = q.element_size(), self.post.args
         self._base = (args.q, args.k, args.v, self.wait.args.out)
         self._strides = (args.q_stride, args.k_stride, args.v_stride, out.stride(0) * by)
@@ -67,6 +68,17 @@ class HandOver:
         post.q, post.k, post.v, wait.out = q, k, v, out
         post.rows = wait.rows = rows
         post.rows_at = wait.rows_at = rows_at
+
+
+class Submitted:
+    """A step's job: what it was told, and ``times`` [layers, sub-batches, (begin, end)] in nanoseconds."""
+
+    def __init__(self, parts: Sequence[tuple[HandOver, DecodeRows]], layers: int) -> None:
+        self.parts = parts
+        self.times = np.zeros((layers, len(parts), 2), dtype=np.int64)
+        self.job = c.Job()
+        self.ticket = 0
+        self.keep: list[object] = []  # what the job points to
 
 
 class HostAttention:
@@ -86,50 +98,46 @@ class HostAttention:
         self._worker = Worker(
             self._pool, cores[0] if cores is not None else -1, spin_us=200, flag_timeout_s=_TIMEOUT_S
         )
-        self._job = c.Job()
-        self._ticket = 0
-        self._keep: list[object] = []
-        self.times = np.zeros((0, 0, 2), dtype=np.int64)
 
-    def submit(self, parts: Sequence[tuple[HandOver, DecodeRows]]) -> None:
-        """Before the device begins a step: what it will ask for, sub-batch by sub-batch."""
+    def submit(self, parts: Sequence[tuple[HandOver, DecodeRows]]) -> Submitted:
+        """Before the device begins a step: what it will ask for, sub-batch by sub-batch.
+
+        The step before may still run.
+        """
         stages = (c.Stage * len(parts))()
-        self._keep = [stages, parts]
+        told = Submitted(parts, self.layers)
+        keep = told.keep
+        keep.append(stages)
         for stage, (over, rows) in zip(stages, parts, strict=True):
             n, tables = len(rows), self.tier.tables
             positions = rows.positions
             table = tables[0]
-            self._keep += fill_append(
-                over.append_args, self.memory, over.k[:n], over.v[:n], table, rows.slots, positions
-            )
-            self._keep += fill_decode(
-                over.decode_args, self.memory, over.q[:n], over.out[:n], table, rows.slots, rows.lengths
+            append, decode = c.Append(), c.Decode()
+            keep += fill_append(append, self.memory, over.k[:n], over.v[:n], table, rows.slots, positions)
+            keep += fill_decode(
+                decode, self.memory, over.q[:n], over.out[:n], table, rows.slots, rows.lengths
             )
             stage.size = ctypes.sizeof(c.Stage)
-            stage.append = ctypes.pointer(over.append_args)
-            stage.decode = ctypes.pointer(over.decode_args)
+            stage.append, stage.decode = ctypes.pointer(append), ctypes.pointer(decode)
             stage.request, stage.answer = over.channel.request, over.channel.answer
-            stage.first = (over.channel.requested + 1) & 0xFFFFFFFF
+            stage.first = (over.asked + 1) & 0xFFFFFFFF
             stage.layer_stride = tables.strides[0] // tables.itemsize
-        self.times = np.zeros((self.layers, len(parts), 2), dtype=np.int64)
+            over.asked += self.layers
         handover = c.Handover(
-            stages=stages, n_stages=len(parts), layers=self.layers, times=self.times.ctypes.data
+            stages=stages, n_stages=len(parts), layers=self.layers, times=told.times.ctypes.data
         )
-        self._keep.append(handover)
-        self._job.handover = ctypes.pointer(handover)
-        self._ticket = self._worker.submit(self._job)
+        keep.append(handover)
+        told.job.handover = ctypes.pointer(handover)
+        told.ticket = self._worker.submit(told.job)
+        return told
 
-    def finish(self, parts: Sequence[tuple[HandOver, DecodeRows]]) -> None:
+    def finish(self, told: Submitted) -> None:
         """After the device has ended the step. EngineError if either side gave it up."""
-        failed = any(over.channel.failed for over, _ in parts)
-        ended = self._worker.await_end(self._ticket, _TIMEOUT_S) != c.TIMEOUT
-        if self._job.status or failed or not ended:
-            said = self._job.message.decode(errors="replace") or f"no answer within {_TIMEOUT_S:g} s"
+        failed = any(over.channel.failed for over, _ in told.parts)
+        ended = self._worker.await_end(told.ticket, _TIMEOUT_S) != c.TIMEOUT
+        if told.job.status or failed or not ended:
+            said = told.job.message.decode(errors="replace") or f"no answer within {_TIMEOUT_S:g} s"
             raise EngineError(f"CPU_ATTN failed: {said}")
-
-    def seconds(self) -> list[float]:
-        """What attention of each sub-batch took in the step, over all layers."""
-        return ((self.times[:, :, 1] - self.times[:, :, 0]).sum(0) * 1e-9).tolist()  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Stop the threads."""

@@ -4,7 +4,8 @@ Every function here fills a struct of `neo.runtime.cuda_library` from tensors an
 it launches the kernel on a stream and does no more Python than that. The launch keeps the tensors alive; what
 changes between calls is what lies in their memory. All of it can be captured in a CUDA graph.
 
-Layer-blocks are `KVMemory`'s on both tiers: a tensor [blocks, kv_heads, 2, head_dim * block_size].
+Layer-blocks are `KVMemory`'s on both tiers: a tensor [blocks, kv_heads, 2, head_dim * block_size]. Copies and
+the hand-over to the host are in `neo.runtime.cuda_transfers`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Launch:
             c.check(status)
 
 
-def _rows(tensor: Tensor, name: str, axes: int) -> None:
+def float_rows(tensor: Tensor, name: str, axes: int) -> None:
+    """Refuse what has not so many axes of floats, the last contiguous."""
     if tensor.ndim != axes or tensor.dtype not in CODE or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
         raise ValueError(
             f"{name} must have {axes} axes of 16 or 32 bit floats, the last contiguous; "
@@ -50,7 +52,8 @@ def _rows(tensor: Tensor, name: str, axes: int) -> None:
         )
 
 
-def _ints(tensor: Tensor, name: str, count: int) -> int:
+def int_numbers(tensor: Tensor, name: str, count: int) -> int:
+    """Address of `count` contiguous int32; others are refused."""
     if tensor.dtype != torch.int32 or tensor.numel() < count or not tensor.is_contiguous():
         raise ValueError(f"{name} must be {count} contiguous int32, is {tuple(tensor.shape)} {tensor.dtype}")
     return tensor.data_ptr()
@@ -116,14 +119,16 @@ def decode(
     scale: float | None = None,
     ctas: int = 0,
     stages: int = 0,
+    early: bool = False,
 ) -> Attention:
     """Attention of q [rows, heads, head_dim] over the first lengths[i] tokens of slots[i] (None: row i).
 
     `workspace`: uint8 of at least `decode_workspace` bytes, for one call at a time. `scale` None:
-    1/sqrt(head_dim).
+    1/sqrt(head_dim). `early`: all that is read but q and the newest token of each row was there before the
+    kernel ahead on the stream began.
     """
-    _rows(q, "q", 3)
-    _rows(out, "out", 3)
+    float_rows(q, "q", 3)
+    float_rows(out, "out", 3)
     rows, heads, dim = q.shape
     if (
         out.shape != q.shape
@@ -145,8 +150,8 @@ def decode(
         out_head_stride=out.stride(1),
         block_tables=address,
         table_stride=stride,
-        slots=None if slots is None else _ints(slots, "slots", rows),
-        lengths=_ints(lengths, "lengths", rows),
+        slots=None if slots is None else int_numbers(slots, "slots", rows),
+        lengths=int_numbers(lengths, "lengths", rows),
         workspace=workspace.data_ptr() if workspace.numel() else None,
         workspace_bytes=workspace.numel() * workspace.element_size(),
         rows=rows,
@@ -154,6 +159,7 @@ def decode(
         ctas=ctas,
         stages=stages,
         scale=dim**-0.5 if scale is None else scale,
+        early=early,
     )
     keep = (cache, q, out, tables, lengths, workspace, slots)
     return Attention(
@@ -202,6 +208,30 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> Launch:
     return Launch("neo_cuda_silu_mul", args, (gate_up, out))
 
 
+def rope_angles(positions: Tensor, frequencies: Tensor, scale: float, cos: Tensor, sin: Tensor) -> Launch:
+    """Scaled cosines and sines [rows, dim], contiguous, of int32 positions [rows] times float32 [dim]."""
+    rows, dim = cos.shape
+    if frequencies.shape != (dim,) or frequencies.dtype != torch.float32 or not frequencies.is_contiguous():
+        raise ValueError(
+            f"frequencies are {tuple(frequencies.shape)} {frequencies.dtype}, must be float32 ({dim},)"
+        )
+    if sin.shape != cos.shape or sin.dtype != cos.dtype or not (cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError(
+            f"cos is {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}: must agree"
+        )
+    args = c.Angles(
+        positions=int_numbers(positions, "positions", rows),
+        frequencies=frequencies.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        rows=rows,
+        head_dim=dim,
+        dtype=CODE[cos.dtype],
+        scale=scale,
+    )
+    return Launch("neo_cuda_rope_angles", args, (positions, frequencies, cos, sin))
+
+
 @dataclass(frozen=True, slots=True)
 class QkvWeights:
     """What a layer adds to its projection: bias [(q + 2 kv heads) * dim], norms [dim] of q and k; or None."""
@@ -231,8 +261,8 @@ def qkv_rope_append(
     q heads, dim], k and v [rows, kv heads, dim] or None: heads side by side, rows may lie apart. Rows with
     slots[i] < 0 are not appended; without tables none is.
     """
-    _rows(qkv, "qkv", 2)
-    _rows(q, "q", 3)
+    float_rows(qkv, "qkv", 2)
+    float_rows(q, "q", 3)
     rows, heads, dim = q.shape
     kv_heads = cache.struct.kv_heads
     kind = qkv.dtype
@@ -276,8 +306,8 @@ def qkv_rope_append(
         kv_stride=strides.pop() if strides else 0,
         block_tables=address,
         table_stride=table_stride,
-        slots=None if slots is None else _ints(slots, "slots", rows),
-        positions=None if positions is None else _ints(positions, "positions", rows),
+        slots=None if slots is None else int_numbers(slots, "slots", rows),
+        positions=None if positions is None else int_numbers(positions, "positions", rows),
         rows=rows,
         q_heads=heads,
         eps=weights.eps,
@@ -288,154 +318,3 @@ def qkv_rope_append(
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def copy_blocks(
-    src: Tensor,
-    dst: Tensor,
-    src_blocks: Tensor,
-    dst_blocks: Tensor,
-    count_at: Tensor | None = None,
-    ctas: int = 0,
-    engines: bool = False,
-) -> Launch:
-    """Block dst_blocks[i] of dst [blocks, ...] becomes block src_blocks[i] of src; either may be pinned.
-
-    One kernel of `ctas` thread blocks, for lists in device or pinned memory, of which `count_at` (int32 [1])
-    says how many pairs count; or, with `engines`, the copy engines, for lists in host memory, read when it is
-    called.
-    """
-    count = src_blocks.numel()
-    if dst_blocks.numel() != count or src.shape[1:] != dst.shape[1:] or src.dtype != dst.dtype:
-        raise ValueError(
-            f"blocks {tuple(src.shape)} {src.dtype} to {tuple(dst.shape)} {dst.dtype}, "
-            f"{count} to {dst_blocks.numel()} of them: must agree"
-        )
-    if not (src.is_contiguous() and dst.is_contiguous()):
-        raise ValueError("src and dst must be contiguous")
-    args = c.Copy(
-        src=src.data_ptr(),
-        dst=dst.data_ptr(),
-        block_bytes=src[0].numel() * src.element_size() if len(src) else 16,
-        src_blocks=_ints(src_blocks, "src_blocks", count),
-        dst_blocks=_ints(dst_blocks, "dst_blocks", count),
-        count_at=None if count_at is None else _ints(count_at, "count_at", 1),
-        count=count,
-        ctas=ctas,
-    )
-    name = "neo_cuda_copy_runs" if engines else "neo_cuda_copy_blocks"
-    return Launch(name, args, (src, dst, src_blocks, dst_blocks, count_at))
-
-
-class Channel:
-    """A hand-over channel: numbers that only grow, in pinned memory and on the device.
-
-    ``request``, ``answer`` and ``error`` are addresses for the host's side (`cpu_library.Stage`).
-    """
-
-    _LINE = 32  # int32 in 128 bytes
-
-    def __init__(self, device: torch.device | str = "cuda") -> None:
-        self._state = torch.zeros(4, dtype=torch.int32, device=device)
-        flags = torch.zeros(3 * self._LINE, dtype=torch.int32)
-        self._flags = flags.pin_memory() if self._state.is_cuda else flags
-        self.request, self.answer, self.error = (
-            self._flags.data_ptr() + i * 4 * self._LINE for i in range(3)
-        )
-        self.struct = c.Channel(
-            state=self._state.data_ptr(), request=self.request, answer=self.answer, error=self.error
-        )
-
-    @property
-    def requested(self) -> int:
-        """The last number that the device asked for; the next step's first is one more (mod 2**32)."""
-        return int(self._flags[0]) & 0xFFFFFFFF
-
-    @property
-    def failed(self) -> bool:
-        """Whether an answer did not come in time."""
-        return bool(self._flags[2 * self._LINE])
-
-    def reset(self) -> None:
-        """Reopen it, with counts at 0. The device and the host's side must be idle."""
-        self._flags.zero_()
-        self._state.zero_()
-        if self._state.is_cuda:
-            torch.cuda.synchronize(self._state.device)
-
-
-def post_rows(
-    channel: Channel,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed: Tensor,
-    rows_at: Tensor | None = None,
-    ctas: int = 0,
-) -> Launch:
-    """Rows [q | k | v] to pinned `packed` [>= rows, >= width], then the request's number; see neo_cuda.h.
-
-    q [rows, heads, dim], k and v [rows, kv heads, dim], heads side by side. `rows_at`: int32 [1], how many
-    rows count.
-    """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _rows(tensor, name, 3)
-        if tensor.stride(1) != tensor.shape[2] or tensor.dtype != q.dtype or len(tensor) != len(q):
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, strides {tensor.stride()}: "
-                "heads must lie side by side, and agree with q"
-            )
-    _rows(packed, "packed", 2)
-    by = q.element_size()
-    args = c.Post(
-        channel=ctypes.pointer(channel.struct),
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        q_stride=q.stride(0) * by,
-        k_stride=k.stride(0) * by,
-        v_stride=v.stride(0) * by,
-        packed=packed.data_ptr(),
-        packed_stride=packed.stride(0) * by,
-        rows_at=None if rows_at is None else _ints(rows_at, "rows_at", 1),
-        rows=len(q),
-        q_bytes=q.shape[1] * q.shape[2] * by,
-        kv_bytes=k.shape[1] * k.shape[2] * by,
-        ctas=ctas,
-    )
-    if packed.dtype != q.dtype or len(packed) < len(q):
-        raise ValueError(
-            f"packed is {tuple(packed.shape)} {packed.dtype}, too small or of another type than q"
-        )
-    return Launch("neo_cuda_post_rows", args, (channel, q, k, v, packed, rows_at))
-
-
-def await_rows(
-    channel: Channel,
-    packed: Tensor,
-    out: Tensor,
-    timeout_s: float,
-    rows_at: Tensor | None = None,
-    ctas: int = 0,
-) -> Launch:
-    """Wait for the answer to the last post, then rows of pinned `packed` to `out`, both [rows, width]."""
-    _rows(packed, "packed", 2)
-    _rows(out, "out", 2)
-    if packed.dtype != out.dtype or len(packed) < len(out) or packed.shape[1] < out.shape[1]:
-        raise ValueError(
-            f"packed is {tuple(packed.shape)} {packed.dtype}, out {tuple(out.shape)} {out.dtype}"
-        )
-    by = out.element_size()
-    args = c.Await(
-        channel=ctypes.pointer(channel.struct),
-        packed=packed.data_ptr(),
-        packed_stride=packed.stride(0) * by,
-        out=out.data_ptr(),
-        out_stride=out.stride(0) * by,
-        rows_at=None if rows_at is None else _ints(rows_at, "rows_at", 1),
-        rows=len(out),
-        row_bytes=out.shape[1] * by,
-        ctas=ctas,
-        timeout_us=round(timeout_s * 1e6),
-    )
-    return Launch("neo_cuda_await_rows", args, (channel, packed, out, rows_at))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from neo.runtime.cpu_library import Sized
 
-ABI = 1
+ABI = 3
 LIBRARY_VARIABLE = "NEO_CUDA_LIBRARY"
 _NAME = "libneo_cuda.so"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +81,7 @@ class Decode(Sized):
         ("ctas", c_int32),
         ("stages", c_int32),
         ("scale", c_float),
+        ("early", c_int32),
     )
 
 
@@ -113,6 +114,22 @@ class Silu(Sized):
     )
 
 
+class Angles(Sized):
+    """``neo_cuda_angles``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("positions", c_void_p),
+        ("frequencies", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("rows", c_int32),
+        ("head_dim", c_int32),
+        ("dtype", c_int32),
+        ("scale", c_float),
+    )
+
+
 class Qkv(Sized):
     """``neo_cuda_qkv``."""
 
@@ -138,6 +155,7 @@ class Qkv(Sized):
         ("rows", c_int32),
         ("q_heads", c_int32),
         ("eps", c_float),
+        ("early", c_int32),
     )
 
 
@@ -209,12 +227,82 @@ class Await(Sized):
     )
 
 
+class LinearShape(Sized):
+    """``neo_cuda_linear_shape``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("like", c_void_p),
+        ("x_stride", c_int64),
+        ("weight_stride", c_int64),
+        ("out_stride", c_int64),
+        ("workspace_bytes", c_size_t),
+        ("rows", c_int32),
+        ("in_", c_int32),
+        ("out", c_int32),
+        ("dtype", c_int32),
+        ("bias", c_int32),
+        ("search", c_int32),
+    )
+
+
+class LinearTrial(Sized):
+    """``neo_cuda_linear_trial``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("plan", c_void_p),
+        ("x", c_void_p),
+        ("weights", POINTER(c_void_p)),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("workspace", c_void_p),
+        ("weight_count", c_int32),
+        ("launches", c_int32),
+    )
+
+
+class LinearChoice(Sized):
+    """``neo_cuda_linear_choice``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("workspace_bytes", c_size_t),
+        ("candidates", c_int32),
+        ("chosen", c_int32),
+        ("algorithm", c_int32),
+        ("tile", c_int32),
+        ("stages", c_int32),
+        ("splits", c_int32),
+        ("cluster", c_int32),
+        ("us", c_float),
+        ("first_us", c_float),
+    )
+
+
+class Linear(Sized):
+    """``neo_cuda_linear_args``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("plan", c_void_p),
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_size_t),
+    )
+
+
 LAUNCHES: dict[str, type[Sized]] = {
     "neo_cuda_decode_plan": Decode,
     "neo_cuda_decode_attention": Decode,
     "neo_cuda_add_rms_norm": Norm,
     "neo_cuda_silu_mul": Silu,
+    "neo_cuda_rope_angles": Angles,
     "neo_cuda_qkv_rope_append": Qkv,
+    "neo_cuda_linear": Linear,
     "neo_cuda_copy_blocks": Copy,
     "neo_cuda_copy_runs": Copy,
     "neo_cuda_post_rows": Post,
@@ -245,7 +333,12 @@ def _declare(library: ctypes.CDLL) -> None:
         "neo_cuda_version": (c_char_p, []),
         "neo_cuda_last_error": (c_char_p, []),
         "neo_cuda_describe": (c_int32, [POINTER(DeviceInfo)]),
+        "neo_cuda_overlap": (c_int32, [c_int32]),
         "neo_cuda_decode_workspace": (c_int32, [POINTER(Decode), POINTER(c_size_t)]),
+        "neo_cuda_linear_create": (c_int32, [POINTER(LinearShape), POINTER(c_void_p)]),
+        "neo_cuda_linear_destroy": (None, [c_void_p]),
+        "neo_cuda_linear_tune": (c_int32, [POINTER(LinearTrial)]),
+        "neo_cuda_linear_describe": (c_int32, [c_void_p, POINTER(LinearChoice)]),
     }
     signatures |= {name: (c_int32, [POINTER(struct), c_void_p]) for name, struct in LAUNCHES.items()}
     for name, (result, arguments) in signatures.items():
@@ -292,6 +385,14 @@ def describe() -> DeviceInfo:
     info = DeviceInfo()
     check(load().neo_cuda_describe(info))
     return info
+
+
+def overlap(on: bool | None = None) -> bool:
+    """Whether kernels may begin before the one ahead has ended, as it was until now; None leaves it so.
+
+    Of launches that a CUDA graph has captured nothing changes.
+    """
+    return bool(load().neo_cuda_overlap(-1 if on is None else int(on)))
 
 
 def why_not() -> str:

@@ -70,7 +70,8 @@ class TableMirror:
 
     Attributes:
         tables: the device's copy; a new tensor when the host's tables have grown.
-        generation: how often that has happened.
+        latest: int32 [slots], the token that was sampled last for a slot, where that happened on the device.
+        generation: how often they have grown.
     """
 
     def __init__(self, tier: TierBlocks, device: torch.device) -> None:
@@ -79,14 +80,19 @@ class TableMirror:
         self.generation = 0
         tier.watch()
         self.tables: Tensor = torch.from_numpy(tier.tables).to(device)
-        self._room = self._buffers(1 << 12)
+        self.latest = torch.zeros(tier.tables.shape[1], dtype=torch.int32, device=device)
+        self._rooms = [self._buffers(1 << 12) for _ in range(2)]
 
     def update(self) -> None:
-        """Bring over what has changed, on the current stream. The step before must have ended."""
+        """Bring over what has changed, on the current stream. The step before the last must have ended."""
         changes = self._tier.changes()
         host = self._tier.tables
         if tuple(self.tables.shape) != host.shape:
+            torch.cuda.current_stream().synchronize()  # a step that runs reads those that go
             self.tables = torch.from_numpy(host).to(self._device)
+            latest = torch.zeros(host.shape[1], dtype=torch.int32, device=self._device)
+            latest[: len(self.latest)] = self.latest
+            self.latest = latest
             self.generation += 1
         elif changes:
             where, what = _entries(host, changes)
@@ -94,16 +100,22 @@ class TableMirror:
 
     def _send(self, where: npt.NDArray[np.int64], what: Ints) -> None:
         count = len(where)
-        if self._room[0].shape[1] < count:
-            self._room = self._buffers(2 * count)
-        host, device = self._room
+        self._rooms.reverse()
+        if self._rooms[0][0].shape[1] < count:
+            self._rooms[0] = self._buffers(2 * count)
+        host, device = self._rooms[0]
         host.numpy()[0, :count], host.numpy()[1, :count] = where, what
         for source, target in zip(host, device, strict=True):  # each row is one run of memory
             target[:count].copy_(source[:count], non_blocking=True)
         self.tables.view(-1).index_copy_(0, device[0, :count], device[1, :count].to(torch.int32))
 
+    def note(self, slots: Sequence[int], tokens: Tensor) -> None:
+        """The tokens, int64 on the device, that a step has sampled for slots; on the current stream."""
+        where = torch.tensor(slots, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
+        self.latest.index_copy_(0, where, tokens.to(torch.int32))
+
     def _buffers(self, count: int) -> tuple[Tensor, Tensor]:
-        """Positions and values, pinned and on the device. The step before has ended, so nobody reads them."""
+        """Positions and values, pinned and on the device; taken in turn, as the step before may still run."""
         host = torch.empty((2, count), dtype=torch.int64).pin_memory()
         return host, torch.empty_like(host, device=self._device)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from neo.runtime import cuda_kernels as kernels
+from neo.runtime.cuda_linear import Products
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import BatchInputs
@@ -40,14 +41,18 @@ class Layout:
 
 
 class Inputs:
-    """Numbers of a step's rows, one copy to the device: [tokens | positions | slots | decodes | counts]."""
+    """Numbers of a step's rows, one copy to the device: [tokens | positions | slots | decodes | counts].
+
+    On the host there are two of them, taken in turn: a step's may still be on their way when the next one's
+    are written.
+    """
 
     def __init__(self, rows: int, decodes: int, device: torch.device) -> None:
         sizes = [rows, rows, rows, decodes, decodes, 4]
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32).pin_memory()
-        self._device = torch.zeros_like(self._host, device=device)
-        host = np.split(self._host.numpy(), np.cumsum(sizes)[:-1])
-        self.tokens, self.positions, self.slots, self.decode_slots, self.decode_lengths, self.counts = host
+        self._hosts = [torch.zeros(sum(sizes), dtype=torch.int32).pin_memory() for _ in range(2)]
+        self._device = torch.zeros_like(self._hosts[0], device=device)
+        self._cuts = np.cumsum(sizes)[:-1]
+        self._turn()
         (
             self.device_tokens,
             self.device_positions,
@@ -57,8 +62,14 @@ class Inputs:
             self.device_counts,
         ) = torch.split(self._device, sizes)
 
+    def _turn(self) -> None:
+        self._hosts.reverse()
+        host = np.split(self._hosts[0].numpy(), self._cuts)
+        self.tokens, self.positions, self.slots, self.decode_slots, self.decode_lengths, self.counts = host
+
     def fill(self, batch: BatchInputs, at: Layout) -> None:
         """Write the rows of a sub-batch at their places; rows of nobody get token 0 and no slot."""
+        self._turn()
         n, d, c = at.rows, batch.gpu, batch.cpu
         tokens, positions, slots = self.tokens[:n], self.positions[:n], self.slots[:n]
         slots.fill(_NO_SLOT)
@@ -81,7 +92,7 @@ class Inputs:
 
     def send(self) -> None:
         """Copy to the device, on the current stream."""
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(self._hosts[0], non_blocking=True)
 
 
 class Rows:
@@ -92,11 +103,13 @@ class Rows:
         memory: the GPU's KV memory.
         rows: of a step at most.
         decodes: GPU decodes of a step at most (0: this sub-batch never has any).
+        product: of the layers' matrices.
     """
 
-    def __init__(self, model: Model, memory: KVMemory, rows: int, decodes: int) -> None:
+    def __init__(self, model: Model, memory: KVMemory, rows: int, decodes: int, product: Products) -> None:
         config, dtype, device = model.config, model.dtype, model.device
         self.model = model
+        self._product = product
         self.capacity = rows
         self.inputs = Inputs(rows, max(1, decodes), device)
 
@@ -127,6 +140,10 @@ class Rows:
         # Any table: its address changes with every layer.
         table = torch.zeros((1, 1), dtype=torch.int32, device=model.device)
         common = (table, inputs.device_slots, inputs.device_positions)
+        rotary = model.rotary
+        self._angles = kernels.rope_angles(
+            inputs.device_positions, rotary.signed, rotary.scale, self.cos, self.sin
+        )
         heads = (self.q, self.k, self.v)
         norms = weights.qk_norm
         extra = kernels.QkvWeights(
@@ -136,6 +153,7 @@ class Rows:
             config.rms_eps,
         )
         self._qkv = kernels.qkv_rope_append(self.cache, self.qkv, extra, self.cos, self.sin, *heads, *common)
+        self._qkv.args.early = 1  # the product is ahead of it, and the step's inputs are ahead of that
         # Rows that are rotated already: cosine 1 and sine 0 leave them as they are.
         self._late = kernels.qkv_rope_append(
             self.cache, self.qkv, kernels.QkvWeights(), ones, torch.zeros_like(ones), *heads, *common
@@ -157,13 +175,18 @@ class Rows:
 
     # -- a step -------------------------------------------------------------------------------------------
 
-    def begin(self, at: Layout) -> None:
-        """Embedding and angles of the rows, from the inputs on the device; how attention is dealt out."""
+    def begin(self, at: Layout, latest: Tensor) -> None:
+        """Embedding and angles of the rows, from the inputs on the device; how attention is dealt out.
+
+        ``latest``: int32 [slots], the tokens sampled last, for rows whose token is a ``pending_token``.
+        """
         n, inputs = at.rows, self.inputs
         self.at = at
-        torch.index_select(self.model.weights.embedding, 0, inputs.device_tokens[:n], out=self.hidden[:n])
-        cos, sin = self.model.rope(inputs.device_positions[:n])
-        self.cos[:n], self.sin[:n] = cos.flatten(1), sin.flatten(1)
+        given = inputs.device_tokens[:n]
+        tokens = torch.where(given < 0, latest.index_select(0, (-1 - given).clamp_min_(0)), given)
+        torch.index_select(self.model.weights.embedding, 0, tokens, out=self.hidden[:n])
+        self._angles.args.rows = n
+        self._angles()
         self._norm.args.rows = self._silu.args.rows = self._qkv.args.rows = n
         if self.attention is not None and at.gpu_rows:
             args, by = self.attention.attend.args, self.qkv.element_size()
@@ -179,7 +202,7 @@ class Rows:
         norm.delta = None if first else self.delta.data_ptr()
         norm.weight = weights.input_norm.data_ptr()
         self._norm()
-        _project(self.x[:n], weights.qkv, None, self.qkv[:n])
+        self._product(self.x[:n], weights.qkv, None, self.qkv[:n])
         args = self._qkv.args
         args.block_tables, args.table_stride = table
         args.bias = None if weights.qkv_bias is None else weights.qkv_bias.data_ptr()
@@ -200,29 +223,25 @@ class Rows:
         args.block_tables, args.table_stride = table
         self._late()
 
-    def attend(self, table: tuple[int, int]) -> None:
-        """Decode attention of the GPU decodes in one layer."""
+    def attend(self, layer: int, table: tuple[int, int], early: bool) -> None:
+        """Decode attention of the GPU decodes in one layer.
+
+        ``early``: nothing but this layer's append writes to the cache in this step.
+        """
         if self.attention is None or not self.at.gpu_rows:
             return
         args = self.attention.attend.args
         args.block_tables, args.table_stride = table
+        args.early = early
         self.attention.attend()
 
     def post(self, layer: int, weights: LayerWeights) -> None:
         """Output projection and feed-forward network; what it adds to ``hidden`` is left in ``delta``."""
         n = self.at.rows
-        _project(self.attended[:n], weights.out, weights.out_bias, self.delta[:n])
+        self._product(self.attended[:n], weights.out, weights.out_bias, self.delta[:n])
         norm = self._norm.args
         norm.delta, norm.weight = self.delta.data_ptr(), weights.post_norm.data_ptr()
         self._norm()
-        _project(self.x[:n], weights.gate_up, weights.gate_up_bias, self.gate_up[:n])
+        self._product(self.x[:n], weights.gate_up, weights.gate_up_bias, self.gate_up[:n])
         self._silu()
-        _project(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``out = x @ weight.T (+ bias)``."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+        self._product(self.act[:n], weights.down, weights.down_bias, self.delta[:n])

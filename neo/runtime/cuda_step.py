@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neo.core.blocks import blocks_for
 from neo.core.plan import StepPlan
-from neo.runtime import cuda_kernels as kernels
+from neo.runtime import cuda_transfers as transfers
 from neo.runtime.block_tables import BlockTables, Copies, Ints
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.step_inputs import BatchInputs
@@ -122,8 +122,8 @@ class LayerCopies:
     def __init__(self, gpu: KVMemory, cpu: KVMemory, device: torch.device) -> None:
         self._device = device
         one = torch.zeros(1, dtype=torch.int32, device=device)
-        to_host = kernels.copy_blocks(gpu.tensor, cpu.tensor, one, one)
-        to_gpu = kernels.copy_blocks(cpu.tensor, gpu.tensor, one, one)
+        to_host = transfers.copy_blocks(gpu.tensor, cpu.tensor, one, one)
+        to_gpu = transfers.copy_blocks(cpu.tensor, gpu.tensor, one, one)
         self._launch = {Way.OUT: to_host, Way.SPILL: to_host, Way.IN: to_gpu, Way.STREAM: to_gpu}
         self._where: dict[tuple[Way, int], tuple[int, int]] = {}
         self._list: Tensor | None = None

@@ -7,27 +7,31 @@ Its loop is three calls long::
     return self._finish(planned, times)
 
 With ``ahead`` the next step is planned while this one runs, on the assumption that it ends as planned; what a
-request that stopped unforeseen (an end token) still computed in that next step is thrown away.
+request that stopped unforeseen (an end token) still computed in that next step is thrown away. An executor
+that can queue steps gets it at once where nobody has to see this one's tokens first: its device never idles.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from neo.core.errors import InputError, NeoError
+from neo.core.graph import StepGraph
+from neo.core.plan import StepPlan
 from neo.core.record import RunRecord
 from neo.core.recorder import Begun, Recorder
 from neo.core.request import FinishReason, Request, Tier
 from neo.core.runlog import RunLog
 from neo.core.scheduler import Planned, Scheduler, StepResult
+from neo.runtime.choice import Choice, Plain
 from neo.runtime.errors import EngineError
-from neo.runtime.executor import FAULTS, Executor, StepTimes
-from neo.runtime.sampler_state import SamplerState
-from neo.runtime.sampling import Sampler, SamplingError, TokenLogprobs
+from neo.runtime.executor import FAULTS, Executor, Pending, Queueing, StepTimes
+from neo.runtime.live import Live, begin_request, check_prompt
+from neo.runtime.sampling import Sampler, TokenLogprobs
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.step_inputs import prepare
 
@@ -62,29 +66,6 @@ class EngineOptions:
     ahead: bool = False
 
 
-class _Live:
-    """A request's tokens and how it samples."""
-
-    __slots__ = ("ended", "ends", "prompt", "request", "state")
-
-    def __init__(
-        self, request: Request, prompt: Sequence[int], state: SamplerState, ends: frozenset[int]
-    ) -> None:
-        self.request = request
-        self.prompt = prompt
-        self.state = state
-        self.ends = ends
-        self.ended = False  # told to its client, though a step planned ahead may still hold it
-
-    @property
-    def tokens(self) -> list[int]:
-        """Generated so far."""
-        return self.state.tokens
-
-
-Plain = tuple[tuple[str, ...], list[int]]
-"""Requests and the token that each of them got."""
-
 _SCHEDULE = 0  # its work is the first of every graph
 
 
@@ -93,6 +74,8 @@ class _Running(NamedTuple):
     begun: Begun
     start_s: float
     planned_s: float
+    choice: Choice
+    ended: Pending | None = None  # once it was started: waits for its end
 
 
 class Engine:
@@ -107,6 +90,10 @@ class Engine:
         log: where to write the run log.
         record: filled as it goes; every request that is added is put there. None keeps none (a server's
             would grow without end).
+
+    Attributes:
+        on_start: called with the graph of every step before it starts, if given.
+        plain: the latest step's tokens, if it brought one to each of its rows and nothing else.
     """
 
     def __init__(
@@ -129,19 +116,18 @@ class Engine:
         self.steps = 0
         self.last: StepTimes | None = None  # of the latest step
         self.last_sequences = 0  # requests in it
-        self.plain: Plain | None = None  # all of it, if it brought tokens and nothing else
+        self.plain: Plain | None = None
+        self.on_start: Callable[[StepGraph], None] | None = None
         self._recorder = Recorder(RunRecord() if record is None else record, scheduler)
         self._sampler = Sampler(vocab)
-        self._live: dict[str, _Live] = {}
-        self._sampled: dict[str, tuple[int, TokenLogprobs | None]] = {}
-        self._unsampled: dict[str, str] = {}  # requests that got no token, and why
-        self._drawn: Plain | None = None  # what was sampled, without log-probabilities
+        self._live: dict[str, Live] = {}
         self._next: _Running | None = None
         self._failed: NeoError | None = None  # a policy's error in a plan made ahead
         self._broken: EngineError | None = None
         self._free_at: float | None = None  # when the step before ended, if work has gone on without a pause
         self._added = 0
-        self._thread = ThreadPoolExecutor(1, "neo-step") if options.ahead else None
+        self._queue = executor if isinstance(executor, Queueing) else None
+        self._thread = ThreadPoolExecutor(1, "neo-step") if options.ahead and not self._queue else None
         if record is not None:
             pools = scheduler.view.pools
             record.kv_capacity = {str(t): pools[t].total for t in pools}
@@ -171,47 +157,24 @@ class Engine:
         Raises InputError, naming the request, if its prompt is empty, holds no token of the vocabulary or is
         longer with its output than ``max_model_len``, or if its id is in use.
         """
-        self._check(request_id, prompt, params)
+        check_prompt(request_id, prompt, params, self.vocab, self.options.max_model_len)
         now = self.clock()
         if request_id in self._live:
             raise InputError(f"request id {request_id!r} is already in use")
         request = Request(
             request_id, len(prompt), params.max_tokens, now if arrival_s is None else arrival_s, priority
         )
-        ends = frozenset(params.stop_token_ids) | frozenset(
-            () if params.ignore_eos else self.options.eos_token_ids
+        live = begin_request(
+            request, prompt, params, self.vocab, self.options.eos_token_ids, self.options.seed + self._added
         )
-        seed = self.options.seed + self._added
-        state = SamplerState(
-            params, prompt, self.vocab, seed, () if params.ignore_eos else self.options.eos_token_ids
-        )
-        if params.min_tokens and len(state.end_ids) >= self.vocab:
-            raise InputError(
-                f"request {request_id!r}: stop_token_ids with min_tokens leave no token to choose"
-            )
         self.scheduler.add(request)
-        self._live[request_id] = _Live(request, list(prompt), state, ends)
+        self._live[request_id] = live
         self._added += 1
         if self.record is not None:
             self.record.requests.append(request)
         if self.log:
             self.log.add(now, request)
         return request
-
-    def _check(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
-        if not len(prompt):
-            raise InputError(f"request {request_id!r}: the prompt is empty")
-        if min(prompt) < 0 or max(prompt) >= self.vocab:
-            wrong = next(t for t in prompt if not 0 <= t < self.vocab)
-            raise InputError(
-                f"request {request_id!r}: token {wrong} is not in the vocabulary of {self.vocab}"
-            )
-        most = self.options.max_model_len
-        if len(prompt) + params.max_tokens > most:
-            raise InputError(
-                f"request {request_id!r}: {len(prompt)} prompt tokens and {params.max_tokens} to generate "
-                f"are more than max_model_len = {most}"
-            )
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a request early: at once, or with the step that runs. False if it is not live, or ending."""
@@ -254,20 +217,18 @@ class Engine:
         if planned is None:
             return None
         start = now if self._free_at is None else self._free_at
-        return _Running(planned, self._recorder.begin(planned), start, now)
+        choice = Choice(self._sampler, self._live, at_once=self._queue is None)
+        return _Running(planned, self._recorder.begin(planned), start, now, choice)
 
     def _run(self, running: _Running) -> StepTimes:
-        planned, tables = running.planned, self.executor.tables
-        for request in self.scheduler.ended:  # aborted since the step before: its blocks may be in this plan
-            tables.release(request.id)
-        self._sampled, self._unsampled, self._drawn = {}, {}, None
         try:
-            copies = tables.begin(planned.plan)
-            inputs = prepare(planned.plan, tables, self._live)
-            job = (planned.plan, planned.graph, inputs, copies, self._sample)
-            if self._thread is None:
-                return self.executor.run(*job)
-            return self._meanwhile(planned, self._thread.submit(self.executor.run, *job))
+            running = running if running.ended else self._launch(running)
+            if self.options.ahead:
+                self._meanwhile(running)
+            assert running.ended is not None
+            times = running.ended()
+            running.choice.collect()
+            return times
         except EngineError as error:
             self._broken = error
             raise
@@ -278,45 +239,63 @@ class Engine:
             self._broken = EngineError(f"step {self.steps} failed: {type(error).__name__}: {error}")
             raise
 
-    def _meanwhile(self, planned: Planned, future: Future[StepTimes]) -> StepTimes:
-        """Plan the next step while this one runs. A policy's error waits until this one's tokens are out."""
-        self.scheduler.commit_step(planned)
+    def _launch(self, running: _Running) -> _Running:
+        """Start a step, or run it where nothing else is to be done meanwhile."""
+        planned, tables = running.planned, self.executor.tables
+        if self.on_start is not None:
+            self.on_start(planned.graph)
+        for request in (*self.scheduler.ended, *self.scheduler.leaving):  # this plan may have their blocks
+            tables.release(request.id)
+        copies = tables.begin(planned.plan)
+        inputs = prepare(planned.plan, tables, self._live)
+        job = (planned.plan, planned.graph, inputs, copies, running.choice)
+        if self._queue is not None:
+            return running._replace(ended=self._queue.start(*job))
+        if self._thread is not None:
+            return running._replace(ended=self._thread.submit(self.executor.run, *job).result)
+        times = self.executor.run(*job)
+        return running._replace(ended=lambda: times)
+
+    def _meanwhile(self, running: _Running) -> None:
+        """Plan the next step while this one runs, and queue it if the executor can.
+
+        A policy's error waits until this step's tokens are out.
+        """
+        self.scheduler.commit_step(running.planned)
         try:
             self._next = self._plan()
         except NeoError as error:
             self._failed = error
-        return future.result()
+        if self._next is not None and self._may_follow(running, self._next.planned.plan):
+            self.executor.tables.commit()  # a step that is followed leaves no blocks behind
+            self._next = self._launch(self._next)
 
-    def _sample(self, logits: Any, requests: tuple[str, ...]) -> None:
-        """Called by the executor in HEAD, perhaps on its own thread.
-
-        A request from whose logits no token can be chosen ends; the others are none the worse for it.
-        """
-        states = [self._live[r].state for r in requests]
-        try:
-            tokens, logprobs = self._sampler.sample(logits, states)
-        except SamplingError as error:
-            self._unsampled |= {requests[row]: error.reason for row in error.rows}
-            rows = [i for i in range(len(requests)) if i not in error.rows]
-            if rows:
-                self._sample(logits[rows], tuple([requests[i] for i in rows]))
-            return
-        self._sampled = dict(zip(requests, zip(tokens, logprobs, strict=True), strict=True))
-        if not any(logprobs):
-            self._drawn = (requests, tokens)
+    def _may_follow(self, running: _Running, plan: StepPlan) -> bool:
+        """Whether a step can be queued behind the one that runs, whose tokens nobody has seen yet."""
+        queue = self._queue
+        before = running.planned.plan
+        if queue is None or not (running.choice.settled and queue.may_be_followed(before)):
+            return False
+        # A slot that is given up may be written again, which a CPU attention that still runs would read.
+        given_up = plan.evict or self.scheduler.ended or self.scheduler.leaving
+        if given_up and any(b.cpu_decode for b in before.batches):
+            return False
+        members = [r for b in plan.batches for r in (*b.decodes, *[c.request for c in b.prefill])]
+        return all(self._live[r.id].state.plain for r in members)
 
     def _finish(self, running: _Running, times: StepTimes) -> list[Output]:
         planned, graph = running.planned, running.planned.graph
         end = self.clock()
         self._free_at = end
         start = running.start_s
-        if self._thread is not None and self._next is not None:
+        if self._next is not None:
             self._next = self._next._replace(start_s=end)
         times.seconds[_SCHEDULE] = max(0.0, times.begin_s - self._zero - start)
-        outputs, stopped = self._accept(end)
+        outputs, stopped = self._accept(running.choice)
         self._recorder.observe_measured(running.begun, times.busy(graph), start, end)
         self.scheduler.finish_step(planned, StepResult(end, stopped=stopped))
-        self.executor.tables.commit()
+        if self._next is None or self._next.ended is None:
+            self.executor.tables.commit()
         if self.log:
             self.log.step(
                 planned.plan,
@@ -329,13 +308,13 @@ class Engine:
         self.steps += 1
         self.last = times
         self.last_sequences = graph.works[_SCHEDULE].sequences
-        return self._collect(outputs)
+        return self._collect(outputs, running.choice.plain)
 
-    def _accept(self, end: float) -> tuple[dict[str, Output], dict[str, FinishReason]]:
+    def _accept(self, choice: Choice) -> tuple[dict[str, Output], dict[str, FinishReason]]:
         """Append what was sampled; which requests it ends."""
         outputs: dict[str, Output] = {}
         stopped: dict[str, FinishReason] = {}
-        for request_id, (token, logprobs) in self._sampled.items():
+        for request_id, (token, logprobs) in choice.sampled.items():
             live = self._live[request_id]
             if live.ended:
                 continue
@@ -343,7 +322,7 @@ class Engine:
             if token in live.ends:
                 stopped[request_id] = FinishReason.STOP
             outputs[request_id] = Output(request_id, token, logprobs)
-        for request_id, why in self._unsampled.items():
+        for request_id, why in choice.unsampled.items():
             live = self._live[request_id]
             if not live.ended:
                 live.request.detail = f"no token can be sampled: {why}"
@@ -351,11 +330,11 @@ class Engine:
                 self.abort(request_id)  # it ends with this step
         return outputs, stopped
 
-    def _collect(self, outputs: dict[str, Output]) -> list[Output]:
+    def _collect(self, outputs: dict[str, Output], plain: Plain | None = None) -> list[Output]:
         """Join tokens and ends; requests that ended give their memory back."""
         over = list(self._over())
-        if not over and self._drawn is not None and len(outputs) == len(self._drawn[0]):
-            self.plain = self._drawn
+        if not over and plain is not None and len(outputs) == len(plain[0]):
+            self.plain = plain
         for request_id, reason in over:
             live = self._live[request_id]
             live.ended = True

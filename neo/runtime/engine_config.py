@@ -38,7 +38,7 @@ class EngineConfig:
     policy: str = "neo"
     policy_options: Mapping[str, str] = field(default_factory=dict)
     hardware: str = THIS_MACHINE
-    cost_model: str = "roofline"
+    cost_model: str = "auto"
     cost_options: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     kv_gpu_blocks: int | None = None

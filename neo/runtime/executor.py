@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from neo.core.graph import RESOURCE_OF, OpKind, Resource, StepGraph
 from neo.core.plan import StepPlan
@@ -12,8 +12,12 @@ from neo.core.record import Slice
 from neo.runtime.block_tables import BlockTables
 from neo.runtime.step_inputs import StepInputs
 
-Sample = Callable[[Any, tuple[str, ...]], None]
-"""Called once per step with logits (float32 [rows, vocab], on the device) and the requests of the rows."""
+Sample = Callable[[Any, tuple[str, ...]], Any]
+"""Called once per step with logits ([rows, vocab], on the device) and the requests of the rows, on the stream
+that computes them. Returns the tokens, int64 [rows] on the device, if it chose them there without waiting."""
+
+Pending = Callable[[], "StepTimes"]
+"""A step that was started: waits until it has ended."""
 
 
 FAULTS = (RuntimeError, ValueError, IndexError, MemoryError)
@@ -79,6 +83,24 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Stop threads and give memory back; may be called again."""
+        ...
+
+
+@runtime_checkable
+class Queueing(Executor, Protocol):
+    """An executor that takes a step while the one before it runs, so that its device never idles."""
+
+    def start(
+        self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Any, sample: Sample
+    ) -> Pending:
+        """As ``run``, without waiting. Tokens that the step before samples are ``pending_token``s."""
+        ...
+
+    def may_be_followed(self, plan: StepPlan) -> bool:
+        """Whether the next step may be started while this one, the last that was started, runs.
+
+        Only where no block becomes free behind it.
+        """
         ...
 
 

@@ -6,9 +6,10 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
+import numpy as np
 import torch
 
 from neo.core.specs import HardwareSpec
@@ -16,6 +17,7 @@ from neo.runtime.host_facts import Roots, memory, processor
 
 _SIDE = 1024  # of the square matrices whose product is timed
 _BYTES = 1 << 26  # read and copied: several times the caches of a core
+_KV_BYTES = 1 << 29  # read as KV: larger than the caches of a processor
 _REPEATS = 3
 _SHARE = 0.4  # of the memory that is free: what each side, "GPU" and host, counts as its own
 
@@ -59,6 +61,28 @@ def local_hardware(gpu_threads: int, cpu_threads: int) -> HardwareSpec:
         duplex_bandwidth=copy,
         link_latency=0.0,
     )
+
+
+def read_bandwidth(threads: int, cores: Sequence[int] | None = None) -> float | None:
+    """Bytes per second that threads of the CPU library read KV at, blocks in any order; None without it."""
+    from neo.runtime import cpu_kernels as kernels
+    from neo.runtime import cpu_library
+
+    if not cpu_library.available():
+        return None
+    heads, dim, size = 8, 128, 16
+    count = _KV_BYTES // (2 * heads * dim * size * 2)
+    cache = kernels.PagedCache.allocate(count, heads, dim, size, kernels.KVType.FP16)
+    assert cache.memory is not None
+    cache.memory.fill(1)  # its pages must be there
+    sequences = 2 * threads
+    blocks = np.random.default_rng(0).permutation(count - count % sequences).astype(np.int32)
+    table = blocks.reshape(sequences, -1)
+    lengths = np.full(sequences, table.shape[1] * size, dtype=np.int32)
+    q = np.zeros((sequences, heads, dim), dtype=np.float16)
+    with kernels.Pool(threads, cores) as pool:
+        seconds = _best(lambda: kernels.read_cache(pool, cache, q, table, lengths))
+    return table.size * (_KV_BYTES // count) / seconds
 
 
 def _best(run: Callable[[], object]) -> float:

@@ -100,6 +100,34 @@ class Bench:
         self._release((runs, mover))
         return _joined(found[0]), _joined(found[1])
 
+    def company(self, sequences: int, kv_tokens: int) -> tuple[Measured, Measured, Measured, Measured]:
+        """CPU decodes that read ``kv_tokens`` in all: alone; beside KV of as many tokens that leaves the GPU,
+        that comes to it, and both at once.
+
+        A copy takes longer than the attention, so that no layer's attention runs without one beside it.
+        """
+        members = tuple([self.decoding(max(1, kv_tokens // sequences), Tier.CPU) for _ in range(sequences)])
+        batch = SubBatch(cpu_decode=members)
+        one, other = self.decoding(kv_tokens, Tier.GPU), self.decoding(kv_tokens, Tier.CPU)
+        found: tuple[list[Measured], ...] = ([], [], [], [])
+        whole = (1 << self.model.layers) - 1
+        for _ in range(self.repeats):
+            for i, movers in enumerate(((), (one,), (one,), (one, other), (one, other))):
+                moves = []
+                for mover in movers:
+                    dst = Tier.CPU if mover.tier is Tier.GPU else Tier.GPU
+                    moves.append(KVMove(mover, dst))
+                moves.sort(key=lambda m: m.dst is Tier.GPU)  # what leaves makes room
+                measured = self._once(StepPlan((batch,), tuple(moves)))
+                if i < 4:  # the last brings both back
+                    found[i].append(measured)
+                for move in moves:
+                    move.request.tier = move.dst
+                    move.request.host_layers = whole if move.dst is Tier.CPU else 0
+        self._release((*members, one, other))
+        alone, out, into, both = found
+        return _joined(alone), _joined(out), _joined(into), _joined(both)
+
     # -- made-up requests -----------------------------------------------------------------------------------
 
     def decoding(self, kv_tokens: int, tier: Tier) -> Request:

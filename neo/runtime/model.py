@@ -14,6 +14,7 @@ Rows are tokens of any requests in any order: nothing here mixes rows, and nothi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Model:
         config: what it is; ``config.dtype`` is the dtype it runs in.
         dtype: of weights, hidden states, and q, k, v.
         device: where weights are and arguments must be.
+        rotary: frequencies of its rotation.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
@@ -47,7 +49,7 @@ class Model:
         self.weights = weights
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
-        self._rotary = RotaryEmbedding(config.rope, config.head_dim, self.dtype, self.device)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim, self.dtype, self.device)
         self._rotated = config.heads + config.kv_heads  # heads of Q and K
 
     @classmethod
@@ -95,7 +97,7 @@ class Model:
 
     def rope(self, positions: Tensor) -> Rope:
         """What ``pre`` needs of ``positions`` (int64 ``[T]``); once per step."""
-        return self._rotary(positions)
+        return self.rotary(positions)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states ``[T, hidden]`` of ``tokens`` (int64 ``[T]``)."""
@@ -138,8 +140,12 @@ class Model:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits, float32 ``[R, vocab]``, of the rows ``hidden [R, hidden]`` that a token is wanted for."""
+        return self.logits(hidden).float()
+
+    def logits(self, hidden: Tensor, product: Callable[[Tensor, Tensor], Tensor] = linear) -> Tensor:
+        """The same in the model's own dtype; ``product``: of rows and the matrix ``[vocab, hidden]``."""
         x = rms_norm(hidden, (self.config.hidden,), self.weights.norm, self.config.rms_eps)
-        return linear(x, self.weights.head).float()
+        return product(x, self.weights.head)
 
 
 def _check_room(config: ModelConfig, device: torch.device) -> None:

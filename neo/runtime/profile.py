@@ -16,6 +16,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from random import Random
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,14 @@ import torch
 from neo import __version__
 from neo.core.errors import InputError
 from neo.core.pipeline import recv_bytes, send_bytes
+from neo.core.record import RunRecord
 from neo.core.request import Tier
+from neo.core.runlog import RunLog
 from neo.cost.interpolation import isotonic
 from neo.cost.table_schema import FORMAT, SHAPE_FIELDS
 from neo.runtime.engine import Engine
 from neo.runtime.measure import Bench, Measured
-from neo.runtime.profile_grid import Grid, to_corner, to_corners
+from neo.runtime.profile_grid import Grid, from_nothing, to_corner, to_corners
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.setup import EngineParts
 from neo.system.config import System
@@ -40,6 +43,9 @@ Progress = Callable[[str, float], None]
 _ROUNDS, _QUICK_ROUNDS = 8, 4  # behind one that is not counted
 _SCHEDULE_PROMPT, _SCHEDULE_OUTPUT = 24, 32  # tokens of the requests that SCHEDULE is measured with
 _SCHEDULE_SEQS = 64
+_COMPANY, _COMPANY_TOKENS = 8, 16384  # decodes beside which copies are measured, and their KV tokens
+_BESIDE = "beside"  # what is measured there: (operation, beside what)
+_OPS, _TIMES = ("CPU_ATTN:0", "SWAP_OUT:-1", "SWAP_IN:-1"), ("alone", "out", "in", "both")
 
 
 class _Samples:
@@ -59,6 +65,10 @@ class _Samples:
     def at(self, table: str, at: tuple[int, ...]) -> float:
         """Median of what was measured there."""
         return statistics.median(self._found[table][at])
+
+    def points(self, table: str) -> set[tuple[int, ...]]:
+        """Where it was measured."""
+        return set(self._found.get(table, ()))
 
     def sizes(self, table: str) -> list[int]:
         """Sizes at which a one-axis table was measured."""
@@ -137,7 +147,9 @@ class Profiler:
                 "give more --kv-gpu-blocks"
             )
         self.on_cpu = self.room[Tier.CPU] > 0
-        self.grid = Grid.for_budget(self.limits, self.room[Tier.GPU], self.room[Tier.CPU], quick)
+        self.grid = Grid.for_budget(
+            self.limits, self.room[Tier.GPU], self.room[Tier.CPU], quick, parts.max_model_len
+        )
         self.rounds = _QUICK_ROUNDS if quick else _ROUNDS
         self.samples = _Samples()
 
@@ -199,6 +211,10 @@ class Profiler:
             yield "new KV to the host", partial(self._spill, bench, n)
         for n in grid.streamed:
             yield "streams", partial(self._stream, bench, n)
+        # Two requests move past each other beside the decodes, a block's room for each.
+        tokens = min(_COMPANY_TOKENS, self.room[Tier.GPU] // 2, self.room[Tier.CPU] // 4)
+        if tokens >= _COMPANY * self.limits.block_size:
+            yield "attention beside copies", partial(self._beside, bench, tokens)
 
     def _rows(self, bench: Bench, n: int) -> None:
         """Decodes that yield ``n`` tokens: on the GPU as many as its blocks allow, the others on the host."""
@@ -271,6 +287,13 @@ class Profiler:
         found = bench.prefill(tokens, 1, Tier.CPU)
         self._add("stream", (tokens * self.parts.spec.kv_bytes_per_token_layer,), found["STREAM:0"])
 
+    def _beside(self, bench: Bench, tokens: int) -> None:
+        alone, out, into, both = bench.company(min(_COMPANY, self.limits.max_seqs), tokens)
+        for name, found in (("alone", alone), ("out", out), ("in", into), ("both", both)):
+            for op in ("CPU_ATTN:0", "SWAP_OUT:-1", "SWAP_IN:-1"):
+                if op in found:
+                    self._add(_BESIDE, (_OPS.index(op), _TIMES.index(name)), found[op])
+
     # -- tables ---------------------------------------------------------------------------------------------
 
     def _tables(self) -> dict[str, Any]:
@@ -290,8 +313,8 @@ class Profiler:
         if self.on_cpu:
             axes = {"sequences": grid.cpu_sequences, "kv_tokens": grid.cpu_kv}
             tables["cpu_attn"] = to_corners(samples.surface("cpu_attn", axes))
-            tables["swap_out"] = samples.curve("swap_out", "bytes")
-            tables["swap_in"] = samples.curve("swap_in", "bytes")
+            tables["swap_out"] = from_nothing(samples.curve("swap_out", "bytes"))
+            tables["swap_in"] = from_nothing(samples.curve("swap_in", "bytes"))
             streamed = samples.sizes("stream")
             tables["stream"] = samples.curve("stream", "bytes") if streamed else tables["swap_in"]
             tables["send"] = to_corner(samples.curve("send", "bytes"))
@@ -301,17 +324,21 @@ class Profiler:
     # -- the host's own time ------------------------------------------------------------------------------
 
     def _schedule(self) -> dict[str, Any]:
-        """SCHEDULE by requests in the step: a line through the medians of a short engine run."""
+        """SCHEDULE by requests in the step: a line through the medians of a short engine run.
+
+        Recorded and logged, as runs are that somebody measures: that is part of a step's time on the host.
+        """
         self.progress("scheduling", 0.9)
         most = max(2, min(_SCHEDULE_SEQS, self.limits.max_seqs))
         room = min([n for n in (*_room(self.system).values(), self.parts.max_model_len) if n])
         output = max(1, min(_SCHEDULE_OUTPUT, room // 2))
         prompt = max(1, min(_SCHEDULE_PROMPT, room - output))
-        engine = self.parts.engine(self.system)
-        try:
-            points = _host_seconds(engine, most, prompt, output)
-        finally:
-            engine.close()
+        with TemporaryFile("w") as file:
+            engine = self.parts.engine(self.system, log=RunLog(file, {}), record=RunRecord())
+            try:
+                points = _host_seconds(engine, most, prompt, output)
+            finally:
+                engine.close()
         sizes = np.array(sorted(points))
         medians = np.array([statistics.median(points[n]) for n in sizes])
         slope, base = np.polyfit(sizes, medians, 1) if len(sizes) > 1 else (0.0, medians[0])
@@ -325,12 +352,27 @@ class Profiler:
     def _contention(self) -> dict[str, Any]:
         sizes = self.samples.sizes("swap_out")
         known = sizes[-1] / self.samples.at("swap_out", (sizes[-1],)) if sizes else None
+        cpu = self._share("CPU_ATTN:0", "alone", ("out", "in"))
+        duplex = [self._share("SWAP_OUT:-1", "out", ("both",)), self._share("SWAP_IN:-1", "in", ("both",))]
         return {
-            "cpu_share_beside_copy": 1.0,
-            "copy_share_duplex": 1.0,
+            "cpu_share_beside_copy": cpu or 1.0,
+            "copy_share_duplex": min([share for share in duplex if share] or [1.0]),
             "copy_bandwidth": known or self.parts.hardware.d2h_bandwidth,
-            "source": "bandwidth measured; contention between copies and CPU attention is not",
+            "source": "measured: CPU attention alone and beside copies, copies one way and both"
+            if cpu
+            else "bandwidth measured; budgets leave no room to measure contention",
         }
+
+    def _share(self, op: str, before: str, beside: tuple[str, ...]) -> float | None:
+        """The rate of an operation beside company over its rate before, at most 1; None if not measured."""
+        at = _OPS.index(op)
+        known = self.samples.points(_BESIDE)
+        alone = (at, _TIMES.index(before))
+        shared = [(at, _TIMES.index(name)) for name in beside]
+        if alone not in known:
+            return None
+        seconds = [self.samples.at(_BESIDE, where) for where in shared if where in known]
+        return min(1.0, self.samples.at(_BESIDE, alone) / max(seconds)) if seconds else None
 
     def _provenance(self, described: dict[str, Any], command: str) -> dict[str, Any]:
         hardware = self.parts.hardware

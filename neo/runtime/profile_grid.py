@@ -41,22 +41,25 @@ class Grid:
     streamed: tuple[int, ...]
 
     @classmethod
-    def for_budget(cls, limits: Limits, gpu: int, cpu: int, quick: bool = False) -> Grid:
+    def for_budget(
+        cls, limits: Limits, gpu: int, cpu: int, quick: bool = False, longest: int = 1 << 31
+    ) -> Grid:
         """Powers of 2 (dense work, which is not linear), 4 and 8 up to what a step of these budgets can have.
 
         ``gpu`` and ``cpu`` are the tokens that each tier holds, in whole blocks, at least two on the GPU. KV
         on its way to the host has as much room as the GPU's tier. ``quick`` takes powers of 4 for dense
-        work too.
+        work too. ``longest``: prompt and output of a request at most, so nothing has a longer prefix.
         """
         size = limits.block_size
         fine = 4 if quick else 2
         both = min(gpu, cpu)
+        prefix = max(1, min(gpu, longest) - 1)
         tokens = powers(1, min(limits.max_batch_tokens, gpu), fine)
         most = min(limits.max_batch_tokens, gpu + both + host_decodes(limits, both, cpu))
         return cls(
             tokens,
             powers(tokens[-1], most, fine)[1:] if most > tokens[-1] else (),
-            (0, *within(min(4 * size, gpu - 1), gpu - 1, 8)),
+            (0, *within(min(4 * size, prefix), prefix, 8)),
             powers(1, min(limits.max_seqs, gpu // size + cpu // size), fine),
             powers(1, min(limits.max_seqs, gpu // size), 4),
             powers(1, gpu, 4),
@@ -64,7 +67,7 @@ class Grid:
             powers(1, cpu, 4),
             within(size, max(min(gpu - size, cpu), min(gpu, cpu - size)), 8),  # beside a decode with a block
             within(1, min(both, limits.max_batch_tokens), 8),
-            within(1, both - 1, 8),
+            within(1, min(both - 1, prefix), 8),
         )
 
 
@@ -114,6 +117,14 @@ def to_corners(entry: dict[str, Any]) -> dict[str, Any]:
         seconds = np.maximum.accumulate(seconds, axis)
     seconds = np.concatenate([seconds[:, :1], seconds], axis=1)
     return {"axes": axes | {second: [0, *axes[second]]}, "seconds": seconds.tolist()}
+
+
+def from_nothing(entry: dict[str, Any]) -> dict[str, Any]:
+    """A one-axis table down to size 0, at what its first size takes: a step's share of a copy may be less."""
+    ((name, sizes),) = entry["axes"].items()
+    if sizes[0] == 0:
+        return entry
+    return {"axes": {name: [0, *sizes]}, "seconds": [entry["seconds"][0], *entry["seconds"]]}
 
 
 def to_corner(entry: dict[str, Any]) -> dict[str, Any]:

@@ -62,21 +62,26 @@ def _yarn_kept(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 class RotaryEmbedding:
-    """Computes the angles of a step's rows: a few small operations, where a table would take memory."""
+    """Computes the angles of a step's rows: a few small operations, where a table would take memory.
+
+    Attributes:
+        signed: radians per position, float32 ``[head_dim]``, negated in the first half: the cosine is even
+            and the sine odd, so these give the signs of the rotation.
+        scale: of cosines and sines.
+    """
 
     def __init__(self, rope: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         half = frequencies(rope, head_dim)
-        # The cosine is even and the sine odd, so negative frequencies give the signs of the rotation.
-        self._signed = torch.cat((-half, half)).to(device)
-        self._scale = rope.attention_factor
+        self.signed = torch.cat((-half, half)).to(device)
+        self.scale = rope.attention_factor
         self._dtype = dtype
 
     def __call__(self, positions: Tensor) -> Rope:
         """Of ``positions`` int64 ``[rows]``, on the model's device."""
-        angles = positions.to(torch.float32)[:, None, None] * self._signed
+        angles = positions.to(torch.float32)[:, None, None] * self.signed
         cos, sin = angles.cos(), angles.sin()
-        if self._scale != 1.0:
-            cos, sin = cos * self._scale, sin * self._scale
+        if self.scale != 1.0:
+            cos, sin = cos * self.scale, sin * self.scale
         return Rope(cos.to(self._dtype), sin.to(self._dtype))
 
 

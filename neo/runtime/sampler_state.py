@@ -61,9 +61,20 @@ class SamplerState:
         """Token ids that may not come next."""
         return self.end_ids if len(self.tokens) < self.params.min_tokens else self.end_ids[:0]
 
-    def uniform(self) -> float:
-        """The number in [0, 1) that draws the next token: 53 bits, a function of seed and position."""
-        position = len(self.tokens) + 1
+    @property
+    def plain(self) -> bool:
+        """Whether the next token depends on nothing but logits, temperature, top-k, top-p, min-p and seed."""
+        params = self.params
+        return not (
+            self.bias_ids.size or params.min_tokens or self.history is not None or params.logprobs is not None
+        )
+
+    def uniform(self, pending: int = 0) -> float:
+        """The number in [0, 1) that draws the next token: 53 bits, a function of seed and position.
+
+        ``pending``: tokens that come before it and are not appended yet.
+        """
+        position = len(self.tokens) + pending + 1
         return (_mix((self._stream + position * _GOLDEN) & _WORD) >> 11) * 2.0**-53
 
 

@@ -10,7 +10,7 @@ from neo.core.record import RunRecord
 from neo.core.request import Tier
 from neo.core.runlog import RunLog
 from neo.core.specs import HardwareSpec, ModelSpec
-from neo.cost.loading import load_cost_model
+from neo.cost.loading import load_cost_model, resolve_cost
 from neo.cost.presets import load_hardware
 from neo.runtime.block_tables import BlockTables
 from neo.runtime.device import Device, device_of
@@ -45,6 +45,8 @@ class EngineParts:
     def system(self, **changes: Any) -> System:
         """The System, with fields of the config (policy, cost model, ...) changed."""
         config = replace(self.config, **changes)
+        spec = resolve_cost(config.cost_model, self.spec, self.hardware.name)
+        config = replace(config, cost_model=spec)
         cost = load_cost_model(config.cost_model, self.spec, self.hardware, dict(config.cost_options))
         gpu, cpu = _budgets(config, self.device, self.spec, self.hardware)
         described = SystemConfig(

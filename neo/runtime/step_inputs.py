@@ -148,6 +148,11 @@ NONE = Staged((), (), (), ())
 _NOTHING: Ints = np.empty(0, dtype=np.int32)
 
 
+def pending_token(slot: int) -> int:
+    """Stands for the token of a slot that the step before has not sampled yet: less than 0."""
+    return -1 - slot
+
+
 class _Builder:
     def __init__(self, tables: BlockTables, known: Mapping[str, Tokens], swapped_in: frozenset[str]) -> None:
         self.tables = tables
@@ -198,6 +203,8 @@ class _Builder:
         tokens.extend(known.prompt[chunk.start : stop])
         if stop > r.prompt_tokens:  # after a preemption what was generated is computed again
             tokens.extend(known.tokens[max(0, chunk.start - r.prompt_tokens) : stop - r.prompt_tokens])
+        if len(tokens) - row != chunk.length:
+            raise AssertionError(f"request {r.id}: {len(tokens) - row} of {chunk.length} tokens are known")
         if stop == r.known:
             sampled.append(len(tokens) - 1)
             self.sampled.append(r.id)
@@ -210,12 +217,14 @@ class _Builder:
 
     def decodes(self, requests: Sequence[Request], tokens: list[int], sampled: list[int]) -> DecodeRows:
         row = len(tokens)
-        for r in requests:
-            known = self.known[r.id]
-            tokens.append(known.tokens[-1])
+        found = [self.tables.slot(r.id) for r in requests]
+        for r, slot in zip(requests, found, strict=True):
+            known = self.known[r.id].tokens
+            at = r.computed - r.prompt_tokens
+            tokens.append(known[at] if at < len(known) else pending_token(slot))
         sampled.extend(range(row, len(tokens)))
         self.sampled.extend([r.id for r in requests])
-        slots = np.array([self.tables.slot(r.id) for r in requests], dtype=np.int32)
+        slots = np.array(found, dtype=np.int32)
         return DecodeRows(row, slots, np.array([r.computed + 1 for r in requests], dtype=np.int32))
 
 

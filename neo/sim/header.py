@@ -12,7 +12,7 @@ from neo.core.errors import InputError
 from neo.core.specs import HardwareSpec, ModelSpec
 from neo.core.view import Limits
 from neo.cost.interface import CostModel
-from neo.cost.loading import load_cost_model
+from neo.cost.loading import load_cost_model, table_of, with_table
 from neo.cost.presets import load_hardware, load_model
 from neo.policy.registry import load_policy
 from neo.system.config import System, SystemConfig
@@ -86,9 +86,9 @@ def systems_of(
 
 def _cost_model(config: SystemConfig, model: ModelSpec, hardware: HardwareSpec, folder: Path) -> CostModel:
     spec = config.cost_model
-    kind, colon, path = spec.partition(":")
-    if colon and kind == "profiled" and not Path(path).exists() and (folder / path).exists():
-        spec = f"{kind}:{folder / path}"
+    path = table_of(spec)
+    if path and not Path(path).exists() and (folder / path).exists():
+        spec = with_table(spec, str(folder / path))
     return load_cost_model(spec, model, hardware, dict(config.cost_options))
 
 

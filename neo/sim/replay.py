@@ -11,21 +11,24 @@ whose ``t`` is before the end of the step before it was planned ahead (``Schedul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
+import simpy
 
 from neo.core.errors import InputError, NeoError
-from neo.core.graph import Template
+from neo.core.graph import OpKind, Template
+from neo.core.learning import StepSeconds, learning
 from neo.core.logreader import AddLine, EndLine, LogReader, StepLine
 from neo.core.replayed import Divergence, Replay, Times
 from neo.core.request import FinishReason, Request
 from neo.core.scheduler import Planned, StepResult
 from neo.core.timing import Prices, step_seconds
 from neo.sim.difference import Differences
+from neo.sim.oplevel import run_operations
 from neo.sim.pricing import price, price_repeated
 from neo.system.config import System
 
@@ -53,7 +56,11 @@ class _Diverged(Exception):  # noqa: N818 - a result, not an error
 
 
 def replay_log(
-    reader: LogReader, decided: System, cost: Prices, arrivals: Mapping[str, float]
+    reader: LogReader,
+    decided: System,
+    cost: Prices,
+    arrivals: Mapping[str, float],
+    slices_of: Container[int] = (),
 ) -> tuple[Replay, Journal]:
     """Replay a log to its end or to the first decision that differs; it is read to its end in both cases.
 
@@ -62,11 +69,12 @@ def replay_log(
         decided: the system of the header (``neo.sim.header.systems_of``).
         cost: predicts the seconds of each step, from the graph that was replayed.
         arrivals: by request id, when it arrived, where that is not when it entered the scheduler.
+        slices_of: numbers of the steps (from 0) of which every operation is wanted.
 
     Raises:
         InputError: a line is malformed or contradicts the lines before it (file and line).
     """
-    run = _Run(reader, decided, cost, arrivals)
+    run = _Run(reader, decided, cost, arrivals, slices_of)
     groups = run.groups()
     events, line = next(groups)
     while line is not None:
@@ -93,12 +101,23 @@ class _Run:
     """One replay as it goes."""
 
     def __init__(
-        self, reader: LogReader, decided: System, cost: Prices, arrivals: Mapping[str, float]
+        self,
+        reader: LogReader,
+        decided: System,
+        cost: Prices,
+        arrivals: Mapping[str, float],
+        slices_of: Container[int],
     ) -> None:
         self.reader = reader
         self.scheduler = decided.scheduler()
         self.cost = cost
+        self._decides = learning(self.scheduler.cost)
+        self._predicts = None if cost is self.scheduler.cost else learning(cost)
+        if self._predicts is not None:
+            self._predicts.begin()
         self.arrivals = arrivals
+        self.slices_of = slices_of
+        self._steps = 0
         self.replay = Replay()
         self.journal = Journal()
         self._differences = Differences(reader, self.journal.adds)
@@ -151,6 +170,7 @@ class _Run:
         self._apply(events, None, line, last=ahead is None)
         self.scheduler.finish_step(self._running, StepResult(line.end, line.steps, line.stopped))
         self.scheduler.ended.clear()
+        self._learn(line)
         self._running, self._ahead, self._committed = self._ahead, None, False
 
     def tail(self, events: list[Event]) -> None:
@@ -259,12 +279,21 @@ class _Run:
         self.replay.divergence = Divergence(self.replay.equal + 1, line, " ".join(what.split()))
         raise _Diverged from cause
 
+    def _learn(self, line: StepLine) -> None:
+        """What the cost model had taken from the step, when the run planned on."""
+        if self._decides is not None and line.cost:
+            try:
+                self._decides.restore(line.cost)
+            except ValueError as error:
+                raise self.reader.error(f"cost: {error}", line.line) from error
+
     # -- times --------------------------------------------------------------------------------------------
 
     def _predict(self, line: StepLine, planned: Planned, begins: float | None) -> None:
         """Note predicted and measured seconds; ``begins``: end of the step before one planned ahead."""
         graph, steps = planned.graph, line.steps
         seconds = price(graph, self.cost)
+        number, self._steps = self._steps, self._steps + steps
         if steps > 1:
             seconds = price_repeated(graph, self.cost, seconds, steps)
         start = line.t if begins is None else max(line.t, begins)
@@ -272,10 +301,26 @@ class _Run:
             start = line.start
         end = _end(graph.template, seconds, start, steps)
         self.replay.steps.add(end - start, line.end - start)
+        if steps == 1 and number in self.slices_of:
+            env = simpy.Environment(start)
+            env.run(env.process(run_operations(env, graph, seconds, self.replay.slices, number)))
+        if self._predicts is not None and steps == 1:  # it learns from the log as it would have in the run
+            self._predicts.observe(graph, _measured(line, line.end - start))
         if line.ops:
             predicted = _per_operation(graph.template, seconds, steps)
             for key, (_, measured) in line.ops.items():
                 self.replay.ops.setdefault(key, Times()).add(predicted.get(key, 0.0), measured)
+
+
+def _measured(line: StepLine, total: float) -> StepSeconds:
+    """What the log has of a step's length."""
+    if not line.ops:
+        return StepSeconds(total)
+    of = {OpKind.SCHEDULE.value: 0.0, OpKind.CPU_ATTN.value: 0.0}
+    for (kind, _), (_, seconds) in line.ops.items():
+        if kind in of:
+            of[kind] += seconds
+    return StepSeconds(total, *of.values())
 
 
 def _end(template: Template, seconds: list[Any], start: float, steps: int) -> float:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from neo.core.errors import InputError
+from neo.core.learning import learning
 from neo.core.scheduler import Scheduler
 from neo.core.specs import HardwareSpec, ModelSpec
 from neo.core.view import Limits
 from neo.cost.interface import CostModel
-from neo.cost.loading import load_cost_model
+from neo.cost.loading import is_calibrated, load_cost_model, resolve_cost, table_of, with_table
 from neo.cost.memory import kv_budget
 from neo.cost.presets import load_hardware, load_model
 from neo.policy.registry import load_policy
@@ -29,7 +30,7 @@ class SystemConfig:
     hardware: str = "g5.16xlarge"
     model: str = "llama-3.1-8b"
     policy_options: Mapping[str, str] = field(default_factory=dict)
-    cost_model: str = "roofline"
+    cost_model: str = "auto"
     cost_options: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     tp: int | None = None  # None: all GPUs of the machine
@@ -61,7 +62,7 @@ class System:
             "model": self.model.name,
             "tp": self.model.tp,
             "hardware": self.hardware.name,
-            "cost_model": _portable(self.config.cost_model),
+            "cost_model": _portable_cost(self.config.cost_model),
             "cost_options": dict(self.config.cost_options),
             "limits": {name: getattr(limits, name) for name in Limits.__dataclass_fields__},
             "gpu_blocks": self.gpu_blocks,
@@ -71,27 +72,41 @@ class System:
         }
 
     def scheduler(self) -> Scheduler:
-        """A fresh Scheduler with a fresh policy."""
+        """A fresh Scheduler with a fresh policy; a cost model that learns begins anew."""
         policy = load_policy(self.config.policy, self.config.policy_options)
+        if (learns := learning(self.cost)) is not None:
+            learns.begin()
         return Scheduler(
             policy, self.cost, self.model, self.hardware, self.config.limits, self.gpu_blocks, self.cpu_blocks
         )
 
 
 def _portable(spec: str) -> str:
-    """A policy or cost model as it was named, without the folders of an absolute path."""
-    if spec.startswith("/"):
-        return spec.rpartition("/")[2]
-    kind, colon, path = spec.partition(":")  # profiled:/folder/table.json
-    return kind + colon + path.rpartition("/")[2] if path.startswith("/") else spec
+    """A policy as it was named, without the folders of an absolute path."""
+    return spec.rpartition("/")[2] if spec.startswith("/") else spec
+
+
+def _portable_cost(spec: str) -> str:
+    """The same of a cost model; its table may have folders too, and what it corrects."""
+    if (table := table_of(spec)) is not None:
+        return with_table(spec, _portable(table))
+    kind, colon, base = spec.partition(":")
+    return kind + colon + _portable(base) if is_calibrated(spec) else _portable(spec)
 
 
 def build_system(config: SystemConfig) -> System:
-    """Resolve names and budgets; InputError in one line if anything of it is wrong."""
+    """A system to be simulated: resolves names and budgets; InputError in one line if any of it is wrong."""
     hardware = load_hardware(config.hardware)
     model = load_model(config.model, tp=config.tp or hardware.gpu_count, dtype=config.dtype)
     if model.tp > hardware.gpu_count:
         raise InputError(f"--tp {model.tp}: {hardware.name} has {hardware.gpu_count} GPU(s)")
+    if is_calibrated(config.cost_model):
+        base = config.cost_model.partition(":")[2] or "roofline"
+        raise InputError(
+            f"--cost {config.cost_model}: it learns from measured steps, which a simulation has not; "
+            f"use --cost {base}"
+        )
+    config = replace(config, cost_model=resolve_cost(config.cost_model, model, hardware.name))
     cost = load_cost_model(config.cost_model, model, hardware, dict(config.cost_options))
     try:
         described = isinstance(cost.describe(), dict)

@@ -97,7 +97,7 @@ def test_registered(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
         (
             "rofline",
             {},
-            r"unknown cost model 'rofline', did you mean 'roofline' .*\(known: profiled, roofline",
+            r"unknown cost model 'rofline', did you mean 'roofline' .*\(known: auto, calibrated, profiled, ",
         ),
         ("roofline", {"speed": "1"}, "unknown factor 'speed'"),
         ("profiled:", {}, "profiled:PATH.json"),

@@ -9,6 +9,7 @@ import torch
 from cuda_cases import EPSILON, Device, Paged, attention, device, paged
 
 from neo.runtime import cuda_kernels as ck
+from neo.runtime import cuda_library as c
 
 __all__ = ["device"]
 
@@ -106,6 +107,20 @@ def test_however_the_work_is_cut(device: Device, ctas: int, stages: int) -> None
     q = queries(len(lengths), 4, 64, torch.float16)
     out = run(device, case, q, ctas=ctas, stages=stages, times=2)
     check(out, case, q, range(len(lengths)), lengths)
+
+
+@pytest.mark.parametrize(("dim", "blocks"), [(64, 2), (80, 2), (96, 2), (128, 2), (256, 1)])
+def test_own_choice_of_blocks(device: Device, dim: int, blocks: int) -> None:
+    """64 KiB of rings in each of two blocks of a multiprocessor; where that is not two tiles, one block."""
+    if c.describe().shared_bytes < 227 << 10:
+        pytest.skip("a device with less shared memory")
+    case = paged((70, 3), torch.float16, 2, dim, 16)
+    cache, multiprocessors = ck.cache_of(device(case.blocks), 16), c.describe().multiprocessors
+    own = ck.decode_workspace(cache, 2, 4)
+    sizes = [ck.decode_workspace(cache, 2, 4, ctas=n * multiprocessors) for n in range(1, 4)]
+    assert sizes.index(own) + 1 == blocks
+    q = queries(2, 4, dim, torch.float16)
+    check(run(device, case, q), case, q, range(2), (70, 3))
 
 
 @pytest.mark.parametrize("heads", [1, 16])

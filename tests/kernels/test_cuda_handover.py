@@ -15,7 +15,7 @@ from kernel_cases import needs_library
 
 from neo.runtime import cpu_kernels
 from neo.runtime import cpu_library as host
-from neo.runtime import cuda_kernels as ck
+from neo.runtime import cuda_transfers as ct
 from neo.runtime.cpu_worker import Worker
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.native_args import fill_append, fill_decode
@@ -30,8 +30,8 @@ def word(address: int) -> ctypes.c_uint32:
     return ctypes.c_uint32.from_address(address)
 
 
-def channel(where: Device) -> ck.Channel:
-    return ck.Channel(where.name)
+def channel(where: Device) -> ct.Channel:
+    return ct.Channel(where.name)
 
 
 def rows(count: int, heads: int, seed: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ def rows(count: int, heads: int, seed: int) -> torch.Tensor:
 
 
 @contextmanager
-def answering(flags: ck.Channel, numbers: int, answer: object) -> Iterator[None]:
+def answering(flags: ct.Channel, numbers: int, answer: object) -> Iterator[None]:
     """Another thread that answers so many requests, after calling `answer` for each."""
 
     def serve() -> None:
@@ -66,8 +66,8 @@ def test_rows_go_and_come_back(device: Device, count: int) -> None:
     packed = device.pinned(torch.zeros(max(count, 1), WIDTH + 8, dtype=torch.float16))
     answers = device.pinned(torch.zeros(max(count, 1), HEADS * DIM, dtype=torch.float16))
     out = device(torch.zeros(count, HEADS * DIM, dtype=torch.float16))
-    post = ck.post_rows(flags, device(q), device(k), device(v), packed)
-    wait = ck.await_rows(flags, answers, out, timeout_s=20)
+    post = ct.post_rows(flags, device(q), device(k), device(v), packed)
+    wait = ct.await_rows(flags, answers, out, timeout_s=20)
     seen = []
 
     def answer(number: int) -> None:
@@ -91,7 +91,7 @@ def test_only_the_rows_that_count(device: Device) -> None:
     q, k, v = rows(4, HEADS, 1), rows(4, KV_HEADS, 2), rows(4, KV_HEADS, 3)
     packed = device.pinned(torch.zeros(4, WIDTH, dtype=torch.float16))
     count = device.pinned(torch.tensor([2], dtype=torch.int32))
-    ck.post_rows(flags, device(q), device(k), device(v), packed, rows_at=count)(device.stream)
+    ct.post_rows(flags, device(q), device(k), device(v), packed, rows_at=count)(device.stream)
     device.wait()
     assert torch.equal(packed[:2, : HEADS * DIM], q[:2].flatten(1))
     assert not packed[2:].any()
@@ -103,8 +103,8 @@ def test_no_answer_is_an_error_and_ends_all_waiting(device: Device) -> None:
     packed = device.pinned(torch.zeros(2, WIDTH, dtype=torch.float16))
     answers = device.pinned(torch.ones(2, HEADS * DIM, dtype=torch.float16))
     out = device(torch.zeros(2, HEADS * DIM, dtype=torch.float16))
-    post = ck.post_rows(flags, q, k, v, packed)
-    wait = ck.await_rows(flags, answers, out, timeout_s=0.05)
+    post = ct.post_rows(flags, q, k, v, packed)
+    wait = ct.await_rows(flags, answers, out, timeout_s=0.05)
     began = time.monotonic()
     for _ in range(100):
         post(device.stream)
@@ -154,7 +154,7 @@ class Stage:
         count = len(self.lengths)
         return tuple(rows(count, h, 100 * layer + i) for i, h in enumerate((HEADS, KV_HEADS, KV_HEADS)))  # type: ignore[return-value]
 
-    def struct(self, flags: ck.Channel, first: int) -> host.Stage:
+    def struct(self, flags: ct.Channel, first: int) -> host.Stage:
         return host.Stage(
             append=ctypes.pointer(self.append),
             decode=ctypes.pointer(self.decode),
@@ -201,7 +201,7 @@ def test_cpu_serves_all_layers_of_two_stages(worker: Worker) -> None:
     """A thread stands for the device: it asks for the next layer when the last one was answered."""
     layers, first = 5, 0xFFFFFFFE  # numbers wrap around on the way
     stages = [Stage((17, 40), layers, 1), Stage((1, 33, 16), layers, 2)]
-    flags = [ck.Channel("cpu") for _ in stages]
+    flags = [ct.Channel("cpu") for _ in stages]
     for one in flags:
         word(one.request).value = word(one.answer).value = first - 1
     times = torch.zeros(layers, len(stages), 2, dtype=torch.int64)
@@ -227,7 +227,7 @@ def test_cpu_serves_all_layers_of_two_stages(worker: Worker) -> None:
 def test_a_failing_handover_answers_everything(wrong: str) -> None:
     """The device never waits for a CPU that has given up, and the job says what happened."""
     stages = [Stage((17,), 3, 1), Stage((20,), 3, 2)]
-    flags = [ck.Channel("cpu") for _ in stages]
+    flags = [ct.Channel("cpu") for _ in stages]
     if wrong == "block":
         stages[1].tables[1, 0] = 99999  # layer 1
         for one in flags:
@@ -273,8 +273,8 @@ def test_device_and_cpu_together(device: Device, worker: Worker) -> None:
             pin(tensor)
     out = device(torch.zeros(2, HEADS * DIM, dtype=torch.float16))
     inputs = [device(x) for x in stage.inputs(0)]
-    post = ck.post_rows(flags, *inputs, stage.packed)
-    wait = ck.await_rows(flags, stage.out, out, timeout_s=20)
+    post = ct.post_rows(flags, *inputs, stage.packed)
+    wait = ct.await_rows(flags, stage.out, out, timeout_s=20)
     try:
         for step in range(2):
             job, kept = handover([stage.struct(flags, flags.requested + 1)], layers)

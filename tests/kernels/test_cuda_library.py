@@ -12,6 +12,7 @@ from cuda_cases import emulated_path, why_no_gpu
 
 from neo.runtime import cuda_kernels as ck
 from neo.runtime import cuda_library as c
+from neo.runtime import cuda_transfers as ct
 from neo.runtime.cpu_library import Sized
 
 
@@ -92,6 +93,19 @@ def silu(**fields: Any) -> c.Silu:
     return c.Silu(**{"gate_up": HERE, "out": HERE, "rows": 2, "width": 64, "dtype": 1} | fields)
 
 
+def angles(**fields: Any) -> c.Angles:
+    good = {
+        "positions": HERE,
+        "frequencies": HERE,
+        "cos": HERE,
+        "sin": HERE,
+        "rows": 2,
+        "head_dim": 64,
+        "scale": 1.0,
+    }
+    return c.Angles(**good | fields)
+
+
 def qkv(of: c.Cache | None = None, **fields: Any) -> c.Qkv:
     good: dict[str, Any] = {
         "cache": ctypes.pointer(of or cache()), "qkv": HERE, "qkv_stride": 512, "cos": HERE, "sin": HERE,
@@ -158,6 +172,10 @@ REFUSED: list[tuple[str, Sized, str]] = [
     ("silu_mul", silu(rows=-2), "rows is -2"),
     ("silu_mul", silu(out=0), "must not be NULL"),
     ("silu_mul", silu(out=HERE + 8), "aligned to 16"),
+    ("rope_angles", angles(head_dim=65), "head_dim is 65"),
+    ("rope_angles", angles(rows=1 << 30), "too many"),
+    ("rope_angles", angles(positions=0), "positions and frequencies"),
+    ("rope_angles", angles(sin=0), "cos and sin"),
     ("qkv_rope_append", qkv(cache(kv_heads=3)), "q_heads is 4"),
     ("qkv_rope_append", qkv(qkv_stride=511), "at least 512"),
     ("qkv_rope_append", qkv(q_stride=255), "at least 256"),
@@ -210,6 +228,17 @@ def test_nothing_to_do_needs_no_device(library: ctypes.CDLL, function: str, args
     assert library.neo_cuda_last_error() == b""
 
 
+def test_overlap_is_turned_off_and_on(library: ctypes.CDLL) -> None:
+    was = c.overlap()
+    try:
+        assert c.overlap(False) is was
+        assert c.overlap() is False
+        assert c.overlap(True) is False
+        assert c.overlap() is True
+    finally:
+        c.overlap(was)
+
+
 def test_tensors_that_do_not_fit_are_refused() -> None:
     blocks = torch.zeros(4, 2, 2, 64 * 16)
     with pytest.raises(ValueError, match="blocks are"):
@@ -232,4 +261,4 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="gate_up is"):
         ck.silu_mul(q[0], q[1])
     with pytest.raises(ValueError, match="must agree"):
-        ck.copy_blocks(blocks, blocks.half(), ints, ints)
+        ct.copy_blocks(blocks, blocks.half(), ints, ints)

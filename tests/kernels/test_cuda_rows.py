@@ -7,6 +7,9 @@ import torch
 from cuda_cases import EPSILON, Device, Paged, device, paged
 
 from neo.runtime import cuda_kernels as ck
+from neo.runtime import cuda_transfers as ct
+from neo.runtime.model_config import RopeConfig
+from neo.runtime.rope import RotaryEmbedding
 
 __all__ = ["device"]
 
@@ -71,14 +74,46 @@ def reference(x: torch.Tensor, weights: ck.QkvWeights, heads: int, kv_heads: int
     return turned[0], turned[1], v
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("kind", "dim"), [("default", 128), ("yarn", 80)])
+def test_rope_angles(device: Device, dtype: torch.dtype, kind: str, dim: int) -> None:
+    """As the model computes them; positions far from 0, too."""
+    rotary = RotaryEmbedding(
+        RopeConfig(
+            kind=kind,
+            factor=4.0,
+            original_max_positions=4096,
+            attention_factor=1.1386 if kind == "yarn" else 1.0,
+        ),
+        dim,
+        dtype,
+        torch.device("cpu"),
+    )
+    positions = torch.tensor([0, 1, 17, 4095, 131071, 10**6], dtype=torch.int32)
+    cos, sin = (device(torch.full((len(positions), dim), float("nan"), dtype=dtype)) for _ in range(2))
+    ck.rope_angles(device(positions), device(rotary.signed), rotary.scale, cos, sin)(device.stream)
+    device.wait()
+    for got, of in ((cos, torch.cos), (sin, torch.sin)):
+        angle = positions.float()[:, None] * rotary.signed  # rounded to fp32, as in training
+        expected = of(angle.double()) * rotary.scale
+        assert ((got.cpu().double() - expected).abs() <= EPSILON[dtype] * expected.abs() + 2.0**-22).all()
+
+
 HEADS = (4, 2)
 
 
 def append_and_check(
-    device: Device, case: Paged, slots: torch.Tensor, positions: torch.Tensor, full: bool, odd: int = 0
+    device: Device,
+    case: Paged,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    full: bool,
+    odd: int = 0,
+    heads: int = HEADS[0],
+    in_place: bool = False,
 ) -> None:
     """Rows into a copy of the cache, `full`: with bias and norms; rows begin at element `odd`."""
-    (heads, kv_heads), rows = HEADS, len(slots)
+    kv_heads, rows = case.blocks.shape[1], len(slots)
     dtype, dim, block_size = case.blocks.dtype, case.blocks.shape[3] // case.block_size, case.block_size
     x = normal(rows, (heads + 2 * kv_heads) * dim, dtype=dtype, seed=2)
     cos, sin = (normal(rows, dim, dtype=dtype, seed=i) for i in (3, 4))
@@ -93,8 +128,8 @@ def append_and_check(
     )
     blocks = device(case.blocks.clone())
     fused = device(torch.cat([x[:, :odd], x], 1))[:, odd:]
-    q = device(torch.full((rows, heads, dim), float("nan"), dtype=dtype))
-    k, v = (device(torch.full((rows, kv_heads, dim), float("nan"), dtype=dtype)) for _ in range(2))
+    to = torch.empty_like(fused).fill_(float("nan")) if not in_place else fused
+    q, k, v = to.unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
     ck.qkv_rope_append(
         ck.cache_of(blocks, block_size), fused, on, device(cos), device(sin), q, k, v,
         device(case.tables), device(slots), device(positions),
@@ -127,17 +162,43 @@ def test_qkv_rope_append(device: Device, dtype: torch.dtype, dim: int, block_siz
     append_and_check(device, case, slots, positions, dim != 80, odd)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("dim", [80, 128])
-@pytest.mark.parametrize("block_size", [8, 32])
-def test_qkv_of_prefills(device: Device, dtype: torch.dtype, dim: int, block_size: int) -> None:
-    """Many rows at once: neighbours in the cache from a whole 8 tokens on, and from others; decodes."""
-    case = paged((0, 3, 40, 0), dtype, HEADS[1], dim, block_size, room=300)
+def prefills() -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots and positions of 540 rows: chunks that begin anywhere in a block, decodes, rows of nobody."""
     parts = [(2, 40, 200), (-1, 0, 3), (1, 3, 150), (-1, 0, 5), (0, 0, 1), (3, 9, 1), (3, 16, 180)]
     slots = torch.cat([torch.full((count,), slot) for slot, _, count in parts]).to(torch.int32)
-    positions = torch.cat([torch.arange(at, at + count) for _, at, count in parts]).to(torch.int32)
-    assert len(slots) == 540
-    append_and_check(device, case, slots, positions, dim != 80)
+    return slots, torch.cat([torch.arange(at, at + count) for _, at, count in parts]).to(torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "block_size", "heads", "odd"),
+    [
+        (torch.bfloat16, 64, 8, (4, 2), 0),
+        (torch.bfloat16, 64, 16, (18, 6), 0),  # keys of heads in two thread blocks, the last one not full
+        (torch.float16, 80, 32, (4, 2), 0),
+        (torch.float16, 96, 16, (5, 1), 0),
+        (torch.bfloat16, 128, 8, (4, 2), 0),
+        (torch.bfloat16, 128, 16, (10, 5), 0),
+        (torch.float16, 128, 32, (4, 2), 0),
+        (torch.bfloat16, 256, 16, (2, 1), 0),
+        (torch.float16, 256, 32, (6, 3), 0),
+        (torch.bfloat16, 128, 16, (4, 2), 1),  # not aligned: a warp a head
+        (torch.float16, 64, 16, (4, 2), 2),
+        (torch.float32, 80, 16, (4, 2), 0),
+    ],
+)
+@pytest.mark.parametrize("full", [True, False], ids=["norms", "plain"])
+def test_qkv_of_prefills(
+    device: Device,
+    dtype: torch.dtype,
+    dim: int,
+    block_size: int,
+    heads: tuple[int, int],
+    odd: int,
+    full: bool,
+) -> None:
+    """Many rows at once, with everything and where they are."""
+    case = paged((0, 3, 40, 0), dtype, heads[1], dim, block_size, room=300)
+    append_and_check(device, case, *prefills(), full, odd, heads[0], in_place=not full)
 
 
 def test_qkv_in_place_without_cache(device: Device) -> None:
@@ -165,7 +226,7 @@ def test_copy_blocks(device: Device, engines: bool, elements: int, to_host: bool
     pairs = torch.tensor([[6, 0], [2, 5], [3, 6], [4, 7], [0, 8]], dtype=torch.int32)
     lists = [device.pinned(pairs[:, i].contiguous()) for i in range(2)]
     there, back = (device(src), device.pinned(dst)) if to_host else (device.pinned(src), device(dst))
-    ck.copy_blocks(there, back, *lists, ctas=3, engines=engines)(device.stream)
+    ct.copy_blocks(there, back, *lists, ctas=3, engines=engines)(device.stream)
     device.wait()
     dst[pairs[:, 1].long()] = src[pairs[:, 0].long()]
     assert torch.equal(back.cpu(), dst)
@@ -176,7 +237,7 @@ def test_copy_count_is_read_when_it_runs(device: Device) -> None:
     lists = [device.pinned(torch.arange(4, dtype=torch.int32)) for _ in range(2)]
     count = device.pinned(torch.tensor([4], dtype=torch.int32))
     there, back = device(src), device(dst)
-    copy = ck.copy_blocks(there, back, *lists, count_at=count)
+    copy = ct.copy_blocks(there, back, *lists, count_at=count)
     for n in (0, 3, -1):
         count[0] = n
         back.zero_()

@@ -76,6 +76,7 @@ def make_engine(
     graphs: bool = True,
     log: Any = None,
     record: Any = None,
+    wrap: Callable[[Any], Any] = lambda executor: executor,
     **options: Any,
 ) -> Engine:
     """An engine of ``gpu`` and ``cpu`` blocks; ``kind`` names the backend, or is ``cuda``.
@@ -99,7 +100,7 @@ def make_engine(
             model, backend(kind, 1), tables, staging, CpuExecutorOptions(threads, spin_us=SPIN_US), slices_of
         )
     most = {"max_model_len": model.config.max_positions, **options}
-    return Engine(scheduler, executor, spec.vocab, EngineOptions(**most), log=log, record=record)
+    return Engine(scheduler, wrap(executor), spec.vocab, EngineOptions(**most), log=log, record=record)
 
 
 def cuda_executor(

@@ -113,7 +113,11 @@ def test_the_table_says_where_it_comes_from(document: Document) -> None:
     assert 0 <= about["spread"] < 10
     assert (document["model"]["name"], document["model"]["layers"], document["tp"]) == ("tiny", 2, 1)
     assert document["dtype"] == "float32"
-    assert document["contention"]["copy_bandwidth"] > 0
+    contention = document["contention"]
+    assert contention["copy_bandwidth"] > 0
+    assert contention["source"].startswith("measured: CPU attention alone and beside copies")
+    assert 0 < contention["cpu_share_beside_copy"] <= 1
+    assert 0 < contention["copy_share_duplex"] <= 1
 
 
 def test_the_page_names_what_the_table_says_of_itself(document: Document) -> None:
@@ -204,6 +208,9 @@ def test_grids_ascend_to_what_budgets_allow(gpu: int, cpu: int, quick: bool) -> 
     assert grid.tokens[-1] <= 512
     assert all(grid.tokens[-1] < n <= min(512, 2 * gpu + 32) for n in grid.beyond)
     assert set(Grid.for_budget(Limits(16, 32, 512), gpu, cpu, True).starts) <= set(grid.starts)
+    short = Grid.for_budget(Limits(16, 32, 512), gpu, cpu, quick, longest=100)
+    assert max((*short.starts, *short.streamed)) < 100, "no request has a longer prefix"
+    assert short.gpu_kv == grid.gpu_kv
 
 
 def test_powers() -> None:

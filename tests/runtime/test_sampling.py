@@ -20,6 +20,7 @@ from neo.runtime.sampling import (  # noqa: E402
     SamplingError,
     SamplingParams,
     TokenLogprobs,
+    maxima_in_parts,
 )
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -257,6 +258,18 @@ def test_end_and_stop_tokens_are_barred_before_min_tokens() -> None:
         seen.append(one(logits, request))
         request.append(seen[-1])
     assert seen == [1, 1, 3]
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 512, 1021, 1024, 128256 // 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maxima_in_two_rounds_are_those_of_one(vocab: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    logits[3, vocab // 2] = torch.nan
+    best, tokens = maxima_in_parts(logits)
+    assert torch.equal(best.nan_to_num(99.0), logits.max(-1).values.nan_to_num(99.0))
+    assert torch.equal(
+        logits.gather(1, tokens.unsqueeze(1)).squeeze(1).nan_to_num(99.0), best.nan_to_num(99.0)
+    )
 
 
 def test_logits_are_left_as_they_were() -> None:

@@ -18,6 +18,8 @@ import httpx
 
 _LONG_S = 120.0  # for a machine that is busy; nothing here waits so long unless something hangs
 MODEL = "neo-tiny"
+DEVICE: Any = os.environ.get("NEO_TEST_DEVICE", "cpu")
+"""What servers run on: cpu, or cuda to put the same tests to a GPU (as ``benchmarks/gpu/serve.sh`` does)."""
 QUEUE = 1000  # requests that may wait in the server that tests share
 
 
@@ -72,10 +74,8 @@ class Served:
 
     def engine_pid(self) -> int:
         """The one child of the HTTP process."""
-        task = Path(f"/proc/{self.process.pid}/task")
-        children = {c for t in task.iterdir() for c in (t / "children").read_text().split()}
-        (pid,) = children
-        return int(pid)
+        (pid,) = [pid for pid in _processes() if parent_of(pid) == self.process.pid]
+        return pid
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal; the exit code."""
@@ -89,14 +89,38 @@ class Served:
         return self.log.read_text()
 
 
+def _processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent and what follows of ``/proc/PID/stat``; [] of a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return []
+
+
+def parent_of(pid: int) -> int:
+    """Its parent's id; 0 for a process that is gone. Needs less of ``/proc`` than a list of children."""
+    found = _stat(pid)
+    return int(found[1]) if found else 0
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits for its parent does not."""
+    found = _stat(pid)
+    return bool(found) and found[0] != "Z"
+
+
 @contextmanager
 def serving(folder: Path, *arguments: str, **environment: str) -> Iterator[Served]:
     """``neo serve`` on a port that the system chooses; killed at the end if it still runs."""
     log = folder / "server.log"
-    command = [sys.executable, "-m", "neo", "serve", "--port", "0", "--gpu-threads", "1", *arguments]
+    command = [sys.executable, "-m", "neo", "serve", "--port", "0", "--device", DEVICE, "--gpu-threads", "1"]
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            command,
+            [*command, *arguments],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

@@ -181,14 +181,14 @@ def test_nothing_is_held_over_a_step_that_may_take_longer_or_a_pause(served: Ser
         served.step()
     while served.loop.reports.due:
         served.step()
-    inner, seen = served.loop.engine.executor.inner, []  # type: ignore[attr-defined]
-    run = inner.run
+    executor, seen = served.loop.engine.executor, []
+    run = executor.run
 
     def noticing(plan: Any, *rest: Any) -> Any:
         seen.append((any(b.prefill for b in plan.batches), served.far.receive()))
         return run(plan, *rest)
 
-    inner.run = noticing
+    executor.run = noticing  # type: ignore[method-assign]
     before = served.far.tokens()
     served.loop._handle(Add(9, "long", [66] * 500, SamplingParams(4, 0.0), 0.0))
     served.step()

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import typer
-from serving import MODEL, Served, serving
+from serving import DEVICE, MODEL, Served, serving
 from typer.testing import CliRunner
 
 from neo.cli import app as neo_app
@@ -78,15 +78,25 @@ def test_a_recorded_run_validates_without_divergence(tmp_path: Path, policy: str
     options += ["--kv-gpu-blocks", "24", "--kv-cpu-blocks", "0" if policy == "file" else "60"]
     options += ["--max-num-seqs", "12", "--max-num-batched-tokens", "128", "--block-size", "8"]
     options += ["--hardware", "g5.16xlarge", "--request-timeout", "20", "--max-model-len", "150"]
+    options += [] if policy == "file" else ["--cost", "calibrated:roofline"]
     with serving(tmp_path, *options) as served:
         mixed_load(served)
         served.wait_until_empty()
+        found = served.metrics()
+        steps = [found[f"neo:step_time_{kind}seconds_count"] for kind in ("", "predicted_")]
+        assert steps[0] == steps[1]
+        corrections = {k: v for k, v in found.items() if k.startswith("neo:cost_correction")}
+        corrected = [k for k, v in corrections.items() if v != 1.0]
+        assert corrected if policy == "neo" else not corrected
         assert served.end() == 0
     summary = read_run(run).summary
+    if policy == "neo":
+        factors = summary["cost_model"]["factors"]
+        assert corrections == {f'neo:cost_correction{{part="{part}"}}': f for part, f in factors.items()}
     assert summary["kind"] == "measured"
     assert summary["hardware"] == "g5.16xlarge"
     assert summary["interrupted"] is None
-    assert summary["engine"]["executor"] == "cpu"
+    assert summary["engine"]["executor"] == DEVICE
     assert summary["limits"]["max_seqs"] == 12
     assert summary["requests"]["completed"] > 20
     header = LogReader(run / "steps.jsonl").header

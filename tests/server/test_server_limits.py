@@ -9,13 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import typer
-from serving import MODEL, Served, serving, stream_of
+from prometheus_client.parser import text_string_to_metric_families
+from serving import DEVICE, MODEL, Served, serving, stream_of
 from typer.testing import CliRunner
 
+from neo import __version__
 from neo.cli.serve import serve
 from neo.core.errors import InputError
 
@@ -121,12 +124,26 @@ def test_errors_of_http_itself_have_the_same_shape(server: Served) -> None:
 
 def test_health_and_version(server: Served) -> None:
     assert server.http.get("/health").json() == {"status": "ok"}
-    assert server.http.get("/version").json()["version"]
+    assert server.http.get("/version").json()["version"] == __version__
     for path in ("/health", "/metrics", "/version"):
         probe = server.http.head(path)
         assert (probe.status_code, probe.content) == (200, b"")
     described = server.http.get("/openapi.json").json()
     assert "/v1/chat/completions" in described["paths"]
+
+
+def test_the_server_says_what_serves(server: Served, record_property: Any) -> None:
+    about = server.http.get("/version").json()
+    assert set(about) == {"version", "device", "executor", "policy", "cost_model"}
+    assert about["executor"] == DEVICE
+    assert (about["policy"], about["cost_model"]) == ("neo", "roofline")
+    assert about["device"].startswith("cpu-" if DEVICE == "cpu" else "NVIDIA ")
+    page = server.http.get("/metrics").text
+    (info,) = [f for f in text_string_to_metric_families(page) if f.name == "neo:engine_info"]
+    (sample,) = info.samples
+    assert sample.value == 1
+    assert sample.labels == {**about, "model_name": MODEL}
+    record_property("device", about["device"])
 
 
 def test_metrics_count_what_happened(server: Served) -> None:

@@ -47,7 +47,9 @@ void sync_warp();
 // Every lane gives 16 bytes and sees those of all 32; valid until the lane's next exchange but one.
 using Lanes = const char (*)[16];
 Lanes exchange(const void *mine, size_t bytes);
-void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()> &kernel);
+// `overlapping`: the kernel may begin before the one ahead has ended, so every thread must wait for that one, once at least.
+void run(dim3 grid, unsigned threads, size_t shared_bytes, bool overlapping, const std::function<void()> &kernel);
+void await_previous();
 char *dynamic_shared();
 // Copies that have been asked for, by this fiber.
 void ask_copy(void *to, const void *from, bool valid);

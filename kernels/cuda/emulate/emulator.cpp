@@ -45,7 +45,7 @@ struct Pending {
 struct Fiber {
     std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
     jmp_buf here;
-    bool started = false, over = false;
+    bool started = false, over = false, awaited = false;
     const Barrier *waits_for = nullptr;
     uint64_t generation = 0;
     unsigned exchanges = 0;
@@ -59,6 +59,7 @@ struct Block {
     Barrier barrier;
     std::vector<char> shared;
     const std::function<void()> *kernel = nullptr;
+    bool overlapping = false;
     unsigned running = 0;
     jmp_buf scheduler;
 };
@@ -123,7 +124,7 @@ void run_block(unsigned threads) {
     block.barrier.expected = threads;
     for (unsigned i = 0; i < threads; i++) {
         Fiber &fiber = block.fibers[i];
-        fiber.started = fiber.over = false;
+        fiber.started = fiber.over = fiber.awaited = false;
         fiber.waits_for = nullptr;
         fiber.exchanges = 0;
         fiber.pending.clear();
@@ -142,6 +143,10 @@ void run_block(unsigned threads) {
             resume(fiber);
             moved = true;
             left -= fiber.over ? 1 : 0;
+            if (fiber.over && block.overlapping && !fiber.awaited) {
+                std::fputs("emulator: a thread ended that has not waited for the kernel ahead\n", stderr);
+                std::abort();
+            }
         }
         if (!moved) {
             std::fputs("emulator: the threads of a block wait for each other\n", stderr);
@@ -152,6 +157,7 @@ void run_block(unsigned threads) {
 
 } // namespace
 
+void emulator::await_previous() { block.fibers[block.running].awaited = true; }
 void emulator::sync_block() { wait(block.barrier); }
 void emulator::sync_warp() { wait(warp().barrier); }
 char *emulator::dynamic_shared() { return block.shared.data(); }
@@ -184,13 +190,15 @@ void emulator::await_groups(int pending) {
     fiber.pending.erase(fiber.pending.begin(), fiber.pending.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
-void emulator::run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()> &kernel) {
+void emulator::run(dim3 grid, unsigned threads, size_t shared_bytes, bool overlapping,
+                   const std::function<void()> &kernel) {
     const std::lock_guard<std::mutex> lock(one_at_a_time);
     if (block.fibers.size() < threads)
         block.fibers.resize(threads);
     block.warps.resize((threads + LANES - 1) / LANES);
     block.shared.assign(shared_bytes + 1, static_cast<char>(0xff)); // NaN in every type
     block.kernel = &kernel;
+    block.overlapping = overlapping;
     place = Place{dim3(0, 0, 0), dim3(0, 0, 0), dim3(threads), grid};
     for (place.block.z = 0; place.block.z < grid.z; place.block.z++)
         for (place.block.y = 0; place.block.y < grid.y; place.block.y++)

@@ -114,6 +114,8 @@ template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_
             c[i] += A[i / 2][k] * B[k][i % 2];
 }
 
+inline void stay_packed(uint32_t (&)[4]) {}
+
 inline uint32_t load_acquire(const uint32_t *flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
 inline void store_release(uint32_t *flag, uint32_t value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
 inline uint64_t now_ns() {
@@ -122,10 +124,20 @@ inline uint64_t now_ns() {
                                      .count());
 }
 
+// Kernels run one after the other here.
+inline void await_previous() { emulator::await_previous(); }
+inline void release_next() {}
+
 template <class... Parameters, class... Args>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
                    const Args &...args) {
-    emulator::run(grid, static_cast<unsigned>(threads), shared_bytes, [&] { kernel(args...); });
+    emulator::run(grid, static_cast<unsigned>(threads), shared_bytes, false, [&] { kernel(args...); });
+}
+
+template <class... Parameters, class... Args>
+void launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
+                        const Args &...args) {
+    emulator::run(grid, static_cast<unsigned>(threads), shared_bytes, true, [&] { kernel(args...); });
 }
 
 } // namespace neo

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../device.h"
 #include "../numbers.cuh"
 
 namespace neo {
@@ -90,6 +91,11 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
 #endif
 }
 
+// To the compiler these may be other numbers from here on: it keeps in no registers what it has computed of them.
+__device__ __forceinline__ void stay_packed(uint32_t (&words)[4]) {
+    asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
+}
+
 // ---- numbers that device and host both see ----
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t *flag) {
@@ -108,12 +114,63 @@ __device__ __forceinline__ uint64_t now_ns() {
     return ns;
 }
 
+// ---- beginning before the kernel ahead on the stream has ended ----
+
+// Until all kernels ahead on the stream have ended and what they wrote is to be seen. Every thread block calls it, those
+// too that have nothing to do: a kernel that ends must not be ahead of the one that it did not wait for.
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Once every block has called it, the next kernel may begin, as far as its own await_previous().
+__device__ __forceinline__ void release_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- launches ----
 
 template <class... Parameters, class... Args>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
                    const Args &...args) {
     kernel<<<grid, threads, shared_bytes, stream>>>(args...);
+}
+
+// Whether the code that a device of this capability runs, of what this library holds, knows await_previous(). Of older
+// code compiled for a newer device that is not so.
+inline bool knows_overlap(int capability) noexcept {
+    constexpr int built[] = {__CUDA_ARCH_LIST__};
+    for (const int arch : built)
+        if (arch >= 900 && arch <= 10 * capability)
+            return true;
+    return false;
+}
+
+// Of a kernel that calls await_previous() before it reads what others may have just written, and before it writes. It
+// and the one ahead share multiprocessors only where both have these divided alike between L1 and shared memory.
+template <class... Parameters, class... Args>
+void launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
+                        const Args &...args) {
+    Device device{};
+    if (!overlap_wanted() || current_device(device) != NEO_CUDA_OK || !knows_overlap(device.capability)) {
+        launch_kernel(kernel, grid, threads, shared_bytes, stream, args...);
+        return;
+    }
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, kernel, args...); // its error is the last one, for the caller to ask for
 }
 
 } // namespace neo

@@ -21,7 +21,7 @@ from neo.runtime.server.errors import ApiError, bad, server_error
 from neo.runtime.server.generation import Generation, Wanted
 from neo.runtime.server.limits import Keys, ServerLimits, read_body
 from neo.runtime.server.logs import LogMiddleware, RequestLog
-from neo.runtime.server.metrics import CONTENT_TYPE, Metrics
+from neo.runtime.server.metrics import CONTENT_TYPE, Metrics, about_engine
 from neo.runtime.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -231,9 +231,9 @@ def _add_gets(app: FastAPI, server: Server) -> None:
     async def metrics() -> Response:
         return Response(server.metrics.page(), media_type=CONTENT_TYPE)
 
-    @app.get("/version", summary="The version of neo.")
+    @app.get("/version", summary="The version of neo, and what serves: device, executor, policy, cost model.")
     async def version() -> Response:
-        return JsonResponse({"version": __version__})
+        return JsonResponse({"version": __version__, **about_engine(server.reader.ready)})
 
     for path, handler in (("/health", health), ("/metrics", metrics), ("/version", version)):
         app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)  # what some probes send

@@ -38,8 +38,9 @@ from neo.runtime.server.messages import (
     ToEngine,
 )
 from neo.runtime.server.reports import Reports
-from neo.runtime.server.watching import LiveRecord, StepWatch, WatchedExecutor
+from neo.runtime.server.watching import LiveRecord, StepWatch
 from neo.runtime.setup import EngineParts
+from neo.runtime.warm import prepare_engine
 from neo.system.config import System
 
 EXIT_INPUT, EXIT_FAILED = 2, 1
@@ -53,13 +54,14 @@ def build_engine(config: EngineConfig, record: RunRecord, log_file: TextIO | Non
     parts = EngineParts(config)
     system = parts.system()
     engine = parts.engine(system, record=record)
+    prepare_engine(engine, parts.spec)
     if log_file is not None:
         header = {
             **system.describe(),
             "engine": engine.executor.describe(),
             "max_model_len": engine.options.max_model_len,
         }
-        engine.log = RunLog(log_file, header)
+        engine.log = RunLog(log_file, header, system.cost)
     return engine, system
 
 
@@ -78,10 +80,7 @@ class EngineLoop:
         self.channel = channel
         self.log_file = log_file
         self._zero = time.perf_counter() - engine.clock()
-        watched = WatchedExecutor(engine.executor)
-        engine.executor = watched
-        self.reports = Reports(engine, channel, StepWatch(record, watched, system.cost))
-        watched.before = self.reports.flush
+        self.reports = Reports(engine, channel, StepWatch(record, system.cost))
         self._stopping = False
         self._idle_since: float | None = None
         self._steps = 0  # of the engine when it last brought nothing

@@ -87,6 +87,7 @@ class StepInfo(msgspec.Struct, array_like=True):
     bytes_h2d: int
     bytes_d2h: int
     preemptions: int
+    cost_factors: dict[str, float] | None = None  # corrections of the cost model, where they have changed
 
 
 class Update(msgspec.Struct, array_like=True, tag="update"):

@@ -7,6 +7,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from neo import __version__
 from neo.core.record import Mode
+from neo.cost.calibrated import PARTS
 from neo.runtime.server.bridge import Live, Observer
 from neo.runtime.server.messages import Ready, StepInfo, Update
 
@@ -24,6 +25,19 @@ _BETWEEN = (
 _LATENCY = (0.05, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 480.0, 1920.0)
 _ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _STEP = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+def about_engine(ready: Ready) -> dict[str, str]:
+    """What serves, in a few words: ``device``, ``executor``, ``policy``, ``cost_model``."""
+    described = ready.description
+    executor = described.get("executor", {})
+    about = {
+        "device": executor.get("device") or described.get("hardware", ""),
+        "executor": executor.get("executor", ""),
+        "policy": described.get("policy", ""),
+        "cost_model": described.get("cost_model", ""),
+    }
+    return {name: str(value) for name, value in about.items()}
 
 
 class Metrics(Observer):
@@ -62,6 +76,15 @@ class Metrics(Observer):
         self._predicted = self._histogram(
             "step_time_predicted_seconds", "Time of the same steps by the cost model.", _STEP
         )
+        correction = self._labelled(
+            Gauge,
+            "cost_correction",
+            "What the cost model's times are multiplied by; 1 without --cost calibrated:BASE.",
+            "part",
+        )
+        self._corrections = {part: correction(part) for part in PARTS}
+        for gauge in self._corrections.values():
+            gauge.set(1.0)
         self._http = self._labelled(Counter, "http_requests", "HTTP answers by status.", "status")
         self._statuses: dict[int, Counter] = {}
         self._ready: Ready | None = None
@@ -84,16 +107,9 @@ class Metrics(Observer):
     def engine(self, ready: Ready) -> None:
         """The engine is there: what it is becomes labels."""
         self._ready = ready
-        described = ready.description
-        executor = described.get("executor", {})
-        about = {
-            "executor": executor.get("executor", ""),
-            "device": executor.get("device") or described.get("hardware", ""),
-            "policy": described.get("policy", ""),
-            "version": __version__,
-        }
+        about = {"model_name": self._model, **about_engine(ready), "version": __version__}
         info = Gauge("neo:engine_info", "What serves; always 1.", [*about], registry=self.registry)
-        info.labels(**{name: str(value) for name, value in about.items()}).set(1)
+        info.labels(**about).set(1)
 
     def update(self, update: Update) -> None:
         """Gauges and the step of a message."""
@@ -108,6 +124,8 @@ class Metrics(Observer):
     def _step(self, step: StepInfo) -> None:
         steps = len(step.seconds)
         self._steps[Mode(step.mode)].inc(steps)
+        for part, factor in (step.cost_factors or {}).items():
+            self._corrections[part].set(factor)
         decodes = (step.gpu_decodes, step.cpu_decodes, step.stream_decodes)
         for seconds in step.seconds:
             self._measured.observe(seconds)

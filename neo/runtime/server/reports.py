@@ -16,12 +16,13 @@ from neo.core.request import Request, Tier
 from neo.runtime.engine import Engine, Output
 from neo.runtime.server.channel import Channel
 from neo.runtime.server.messages import Event, Logprobs, StepInfo, Update
-from neo.runtime.server.watching import LIKE, StepWatch
+from neo.runtime.server.watching import StepWatch
 
 SHORT_S = 0.0015
 """Seconds below which a step is short. A message takes 30 to 60 us with what it wakes: 4 % of this."""
 SHARE_S = 0.004
 """Seconds that a token of a short step may wait for those behind it: 250 messages in a second are plenty."""
+_EMBED = 1  # of a graph's works: the embedding's, which has all tokens
 
 
 class Reports:
@@ -39,7 +40,6 @@ class Reports:
         self.channel = channel
         self.watch = watch
         self._record = watch.record
-        self._executor = watch.executor
         self.keys: dict[str, int] = {}
         self.requests: dict[int, Request] = {}
         self.accepted = 0
@@ -50,9 +50,8 @@ class Reports:
         self._ids: tuple[str, ...] | None = None  # of the requests in the plain steps that wait
         self._keys: list[int] = []
         self._tokens: list[list[int]] = []
-        self._rows: list[StepRow] = []
-        self._like: StepRow = ()  # what their rows have in common
-        self._graph: StepGraph | None = None  # of the last of them
+        self._end_s = 0.0  # of the last of them
+        engine.on_start = self._starting
 
     def add(self, key: int, request: Request) -> None:
         """Somebody listens to a request from now on."""
@@ -75,27 +74,25 @@ class Reports:
             self.flush()
             self._tell(outputs, row, handled)
             return
-        if row[LIKE] != self._like:
+        if not self.watch.alike(row):
             self.flush()
-            self.watch.settle()
-            self._like = row[LIKE]
+        self.watch.add(row)
         self._tokens.append(plain[1])
-        self._rows.append(row)
-        self._graph = self._executor.graph
-        if row[1] < self._until_s and row[1] - row[0] < SHORT_S:
-            self.due, self._executor.held = False, True
-            return
-        self.due = True
-        self.flush()
+        self._end_s = row[1]
+        self.due = row[1] >= self._until_s or row[1] - row[0] >= SHORT_S
+        if self.due:
+            self.flush()
 
     def flush(self) -> None:
         """Send what waits."""
-        if self._rows:
-            tokens, rows = self._tokens, self._rows
-            self._tokens, self._rows = [], []
-            info = self.watch.info(rows, self._graph, more=True)
-            self._send(self._keys, tokens, [], info, rows[-1][1])
-        self._executor.held = False
+        if self._tokens:
+            tokens, self._tokens = self._tokens, []
+            self._send(self._keys, tokens, [], self.watch.info(more=True), self._end_s)
+
+    def _starting(self, graph: StepGraph) -> None:
+        """A step begins: one that may take longer than those before it must not keep their tokens."""
+        if self._tokens and (self.watch.graph is None or _more(graph, self.watch.graph)):
+            self.flush()
 
     def _tell(self, outputs: Sequence[Output], row: StepRow | None, handled: bool) -> None:
         """A message for a single step, or for none."""
@@ -115,10 +112,12 @@ class Reports:
         plain = self.engine.plain
         self._ids = plain[0] if plain is not None and len(keys) == len(plain[0]) else None
         self._keys = keys
-        self._like = () if row is None else row[LIKE]
         self.due = True
         if keys or events or handled or row is not None:
-            info = None if row is None else self.watch.info([row], self._executor.graph, more=False)
+            info = None
+            if row is not None:
+                self.watch.add(row, alone=True)
+                info = self.watch.info(more=False)
             self._send(keys, [tokens] if keys else [], events, info, None if row is None else row[1])
 
     def _send(
@@ -159,3 +158,8 @@ class Reports:
             event.reason = str(output.finish_reason)
             del self.requests[key], self.keys[output.request_id]
         return event
+
+
+def _more(graph: StepGraph, before: StepGraph) -> bool:
+    """Whether a step has other operations than the one before it, or more tokens."""
+    return graph.template is not before.template or graph.works[_EMBED][0] > before.works[_EMBED][0]

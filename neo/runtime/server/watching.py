@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from neo.core.graph import StepGraph
-from neo.core.plan import StepPlan
+from neo.core.learning import StepSeconds
 from neo.core.record import RunRecord, StepRow
 from neo.core.timing import Prices, durations, step_seconds
-from neo.runtime.executor import Executor, Sample, StepTimes
+from neo.cost.calibrated import Calibrated
 from neo.runtime.server.messages import StepInfo
 
 LIKE = slice(3, 9)
 """Columns in which the rows of steps agree that are alike: mode, requests that wait, tokens by kind."""
-_EMBED = 1  # of a graph's works: the embedding's, which has all tokens
 PRICE_S = 0.02
 """Seconds between two prices of steps that are alike: the KV that they read has hardly grown meanwhile."""
 
@@ -37,6 +35,7 @@ class LiveRecord(RunRecord):
         super().__init__()
         self.keep = keep
         self.last: StepRow | None = None
+        self.graph: StepGraph | None = None  # of the same step
         if not keep:
             nothing: Any = _Nothing()
             self.requests = self.itl_values = self.itl_counts = nothing
@@ -47,82 +46,64 @@ class LiveRecord(RunRecord):
         if self.keep:
             super().add_row(row)
 
-
-class WatchedExecutor:
-    """An executor that remembers the graph it ran last.
-
-    Attributes:
-        held: something is held back; ``before`` is called where a step begins that may take longer than the
-            one before it.
-    """
-
-    def __init__(self, inner: Executor) -> None:
-        self.inner = inner
-        self.tables = inner.tables
-        self.graph: StepGraph | None = None
-        self.held = False
-        self.before: Callable[[], None] = _nothing
-
-    def run(self, plan: StepPlan, graph: StepGraph, inputs: Any, copies: Any, sample: Sample) -> StepTimes:
-        """Run a step."""
-        if self.held and (self.graph is None or _more(graph, self.graph)):
-            self.before()
+    def ran(self, graph: StepGraph, measured: StepSeconds) -> None:
+        """Note the graph of the step that ended."""
         self.graph = graph
-        return self.inner.run(plan, graph, inputs, copies, sample)
-
-    def describe(self) -> dict[str, Any]:
-        """The inner one's words."""
-        return self.inner.describe()
-
-    def close(self) -> None:
-        """Close the inner one."""
-        self.inner.close()
-
-
-def _nothing() -> None:
-    pass
-
-
-def _more(graph: StepGraph, before: StepGraph) -> bool:
-    """Whether a step has other operations than the one before it, or more tokens."""
-    return graph.template is not before.template or graph.works[_EMBED][0] > before.works[_EMBED][0]
 
 
 class StepWatch:
     """Turns what a record saw of steps into a StepInfo; ``cost`` prices their graphs.
 
     A price takes longer than all else that is said of a short step. So of steps that are alike and follow
-    each other, one is priced every ``PRICE_S``, and its price counts for those before it.
+    each other, one is priced every ``PRICE_S``, and its price counts for those before it. A calibrated model
+    has priced every step to learn from it: these prices are taken.
     """
 
-    def __init__(self, record: LiveRecord, executor: WatchedExecutor, cost: Prices) -> None:
+    def __init__(self, record: LiveRecord, cost: Prices) -> None:
         self.record = record
-        self.executor = executor
         self.cost = cost
-        self._before = (0, 0, 0)
+        self.graph: StepGraph | None = None  # of the last step
+        self._rows: list[StepRow] = []  # of steps since the last StepInfo
+        self._like: StepRow = ()  # what they have in common
+        self._moved = (0, 0, 0)  # bytes to and from the device, preemptions: all of them
+        self._told = (0, 0, 0)
         self._unpriced = 0  # steps
-        self._graph: StepGraph | None = None  # of the last of them
         self._priced_s = 0.0  # when the last one was
         self._predicted: list[tuple[float, int]] = []
+        self._calibrated = cost if isinstance(cost, Calibrated) else None
+        self._version = 0 if self._calibrated is None else self._calibrated.version
 
-    def info(self, rows: Sequence[StepRow], graph: StepGraph | None, more: bool) -> StepInfo:
-        """One or more steps that are alike (see LIKE), the last of them with this graph.
+    def alike(self, row: StepRow) -> bool:
+        """Whether a step may share a StepInfo with those before it."""
+        return row[LIKE] == self._like
 
-        ``more``: others like them may follow; those before them were like them.
+    def add(self, row: StepRow, alone: bool = False) -> None:
+        """The record's last step ended; ``alone``: it shares no price with those before it.
+
+        Those that ``info`` has not told yet are ``alike``.
         """
         record = self.record
-        now = (record.bytes_h2d, record.bytes_d2h, record.preemptions)
-        h2d, d2h, preempted = (a - b for a, b in zip(now, self._before, strict=True))
-        self._before = now
+        if alone or not self.alike(row):
+            self._settle()
+            self._like = row[LIKE]
+        self._rows.append(row)
+        self._moved = (record.bytes_h2d, record.bytes_d2h, record.preemptions)
+        self.graph = record.graph
+        if self._calibrated is None:
+            self._unpriced += 1
+        elif self._calibrated.predicted_s is not None:
+            self._predicted.append((self._calibrated.predicted_s, 1))
+
+    def info(self, more: bool) -> StepInfo:
+        """The steps since the last call, one at least; ``more``: others like them may follow."""
+        rows, self._rows = self._rows, []
         _start, end, _steps, mode, _waiting, prefill, gpu, cpu, streamed = rows[-1][:9]
-        if not more:
-            self.settle()
-        self._graph = graph
-        self._unpriced += len(rows)
         if not more or end - self._priced_s >= PRICE_S:
-            self.settle()
+            self._settle()
             self._priced_s = end
         predicted, self._predicted = self._predicted, []
+        h2d, d2h, preempted = (a - b for a, b in zip(self._moved, self._told, strict=True))
+        self._told = self._moved
         return StepInfo(
             int(mode),
             [row[1] - row[0] for row in rows],
@@ -134,10 +115,19 @@ class StepWatch:
             h2d,
             d2h,
             preempted,
+            self._factors(),
         )
 
-    def settle(self) -> None:
-        """Price what has no price yet: what follows is different."""
+    def _factors(self) -> dict[str, float] | None:
+        """The cost model's corrections, where they have changed."""
+        model = self._calibrated
+        if model is None or model.version == self._version:
+            return None
+        self._version = model.version
+        return model.factors
+
+    def _settle(self) -> None:
+        """Price what has no price yet."""
         seconds = self._price() if self._unpriced else None
         if seconds is not None:
             self._predicted.append((seconds, self._unpriced))
@@ -145,7 +135,7 @@ class StepWatch:
 
     def _price(self) -> float | None:
         """The cost model's seconds for a step; None where it has no price: that must not stop serving."""
-        graph = self._graph
+        graph = self.graph
         if graph is None:
             return None
         try:

@@ -1,0 +1,174 @@
+"""neo beside gpu-only on a GPU with little memory for KV: throughput, latency, and the most the host can add.
+
+    python benchmarks/gpu/study.py --hardware P/hardware.toml --cost profiled:P/cost.json --out OUT
+
+For every KV budget and output length both policies run on the engine: random weights, prompts of 1000 tokens,
+all requests at once. Every run's folder is as 'neo bench' writes it, for 'neo validate'.
+
+The bound beside the gain: a request costs the GPU P for its prompt (operations over the measured rate of
+products) and D for decoding, where P + D = 1 / (throughput of gpu-only, measured). If the host decodes a
+share f of the tokens and that costs the GPU nothing, P + (1 - f) D = f B / R, the time it takes to read f of
+the KV bytes B that decoding a request reads, at the rate R of reading KV measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefill import matmul_rate
+
+from neo.cli.bench import Measured, MeasuredRun, TokenIds
+from neo.cli.runner import Output, Runner
+from neo.core.specs import ModelSpec
+from neo.core.view import Limits
+from neo.runtime.engine_config import EngineConfig
+from neo.runtime.machine import read_bandwidth, usable_cores
+from neo.runtime.prompts import random_prompts
+from neo.runtime.replay import ReplayOptions
+from neo.runtime.setup import EngineParts
+from neo.workload.synthetic import synthetic
+
+PROMPT = 1000
+# KV tokens of the GPU, output tokens: requests, for some ten seconds of gpu-only on an H200 with an 8B model
+POINTS = {
+    (3200, 50): 90, (3200, 200): 30, (3200, 400): 16,
+    (6400, 50): 140, (6400, 200): 50, (6400, 400): 30,
+    (12800, 50): 220, (12800, 200): 90, (12800, 400): 55,
+    (26368, 50): 300, (26368, 200): 160, (26368, 400): 100,
+    (45056, 50): 340, (45056, 200): 220, (45056, 400): 140,
+}  # fmt: skip
+
+
+def best_gain(model: ModelSpec, output: int, throughput: float, products: float, read: float) -> float:
+    """Throughput with the host over that without it, at most; see the module's description."""
+    prompt_s = PROMPT * 2.0 * model.params / products
+    decode_s = max(0.0, 1.0 / throughput - prompt_s)
+    read_s = output * (PROMPT + output / 2) * model.kv_bytes_per_token / read
+    share = min(1.0, (prompt_s + decode_s) / (decode_s + read_s))
+    return (prompt_s + decode_s) / (prompt_s + (1.0 - share) * decode_s)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--hardware", default="h200-16c")
+    parser.add_argument("--cost", default="roofline")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[3200, 6400, 12800, 26368, 45056])
+    parser.add_argument("--outputs", type=int, nargs="+", default=[50, 200, 400])
+    parser.add_argument("--policies", nargs="+", default=["gpu-only", "neo"])
+    parser.add_argument("--policy-opt", action="append", default=[], help="POLICY.KEY=VALUE")
+    parser.add_argument("--batch-tokens", type=int, default=512)
+    parser.add_argument("--host-tokens", type=int, default=40000, help="KV tokens of the host")
+    parser.add_argument("--share", type=float, default=1.0, help="of the requests of every point")
+    parser.add_argument(
+        "--stop-after", type=float, default=540.0, help="seconds; points that do not fit are left out"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    began = time.perf_counter()
+    options: dict[str, dict[str, str]] = {p: {} for p in args.policies}
+    for given in args.policy_opt:
+        name, _, value = given.partition("=")
+        policy, _, key = name.partition(".")
+        options[policy][key] = value
+    parts = EngineParts(
+        EngineConfig(
+            args.model,
+            load_format="dummy",
+            dtype=args.dtype,
+            device=args.device,
+            hardware=args.hardware,
+            cost_model=args.cost,
+            limits=Limits(max_batch_tokens=args.batch_tokens, max_seqs=256),
+            max_model_len=PROMPT * 2,
+            ahead=True,
+        )
+    )
+    on_gpu = parts.device.kind == "cuda"
+    products = matmul_rate(parts.device.torch, 8192) if on_gpu else parts.hardware.gpu_flops
+    threads = usable_cores() - 1
+    read = read_bandwidth(threads) or parts.hardware.cpu_bandwidth
+    print(f"{products / 1e12:.0f} TFLOP/s, {read / 1e9:.0f} GB/s by {threads} threads", flush=True)
+    rows: list[dict[str, Any]] = []
+    for (tokens, output), number in POINTS.items():
+        if tokens not in args.budgets or output not in args.outputs:
+            continue
+        if time.perf_counter() - began > args.stop_after:
+            print("out of time", file=sys.stderr)
+            break
+        count = max(8, round(args.share * number))
+        workload = synthetic(f"around:{PROMPT}:0.1", f"around:{output}:0.1", count)
+        how = Measured(
+            parts,
+            random_prompts(workload, parts.spec.vocab, 0),
+            TokenIds.random,
+            ReplayOptions(0.0, None),
+            warmup=True,
+            timeline=0,
+            bubbles=False,
+        )
+        row: dict[str, Any] = {"kv_tokens": tokens, "output": output, "requests": count}
+        for policy in args.policies:
+            system = parts.system(
+                policy=policy,
+                policy_options=options[policy],
+                kv_gpu_blocks=tokens // 16,
+                kv_cpu_blocks=args.host_tokens // 16,
+            )
+            where = args.out / f"{tokens}-{output}-{policy}"
+            result = Runner(
+                MeasuredRun(system, workload, 0, how),
+                Output(where, False, None, 0.0, tuple(sys.argv)),
+            ).run(show_progress=False)
+            metrics = result.summary["metrics"]
+            row[policy] = {
+                "request_throughput": metrics["request_throughput"],
+                "tpot_s": metrics["tpot_s"]["mean"],
+                "per_token_s": metrics["latency_per_output_token_s"]["mean"],
+                "steps": metrics["steps"],
+                "pipelined": metrics["steps_pipelined"],
+                "preemptions": metrics["preemptions"],
+                "bytes_d2h": metrics["bytes_d2h"],
+            }
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()
+        if "gpu-only" in row:
+            base = row["gpu-only"]["request_throughput"]
+            row["bound"] = best_gain(parts.spec, output, base, products, read)
+        rows.append(row)
+        print(line(row), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = {"model": args.model, "products": products, "host_read": read, "batch_tokens": args.batch_tokens}
+    (args.out / "study.json").write_text(json.dumps({**about, "rows": rows}, indent=1))
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the terminal: requests/s of each policy, their ratio to the first, the bound."""
+    runs = {name: run for name, run in row.items() if isinstance(run, dict)}
+    first = next(iter(runs.values()))
+    found = [f"{row['kv_tokens']:6d} tokens, 1000/{row['output']:<4d}"]
+    for name, run in runs.items():
+        ratio = run["request_throughput"] / first["request_throughput"]
+        latency = run["per_token_s"] / first["per_token_s"]
+        rate = run["request_throughput"]
+        found.append(f"{name} {rate:6.2f}/s x{ratio:.3f} latency x{latency:.3f} ({run['pipelined']} p)")
+    if "bound" in row:
+        found.append(f"bound x{row['bound']:.3f}")
+    return "  ".join(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""The GPU's operations of the ``cuda`` executor, launched in a StepGraph's order.
+
+They run on one stream, copies on a stream per direction, ordered by events where the graph says so. RECV is
+launched right ahead of the POST that needs it. For each step: ``begin``, then ``prepare`` and ``launch``; or,
+of decodes alone, ``prepare_decodes`` and a graph that ``captured`` has launched once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neo.core.graph import RESOURCE_OF, OpKind, Resource, Template
+from neo.core.plan import StepPlan
+from neo.runtime import cuda_kernels as kernels
+from neo.runtime.block_tables import BlockTables, Copies, Ints
+from neo.runtime.cuda_attention import Prefill
+from neo.runtime.cuda_host import HandOver, HostAttention, Submitted
+from neo.runtime.cuda_linear import Tuned
+from neo.runtime.cuda_memory import TableMirror
+from neo.runtime.cuda_program import COPIES, ORDERED, Step, program
+from neo.runtime.cuda_rows import Layout, Rows
+from neo.runtime.cuda_step import LayerCopies, Special, Way, special_rows, to_device
+from neo.runtime.cuda_timeline import Timeline
+from neo.runtime.executor import Sample
+from neo.runtime.kv_memory import KVMemory
+from neo.runtime.model import Model
+from neo.runtime.step_inputs import BatchInputs, StepInputs
+
+_WAY = {(OpKind.SWAP_OUT, -1): Way.OUT, (OpKind.SWAP_OUT, 0): Way.SPILL}
+_WAY |= {(OpKind.SWAP_IN, -1): Way.IN, (OpKind.STREAM, 0): Way.STREAM}
+
+
+class Operations:
+    """Buffers of both sub-batches and what a step does with them; see the module's description.
+
+    Made and used with ``main`` as the current stream.
+
+    Args:
+        model: on the GPU.
+        tables: of both tiers.
+        memory: KV memory of the GPU and of the host.
+        main: the stream of everything but copies.
+        most: rows and decodes of a step at most.
+        tuned: the model's matrix products.
+        standing: staging blocks [buffers, blocks] that are always there.
+
+    Attributes:
+        host: does CPU attention; set by who made it, where the host has KV memory.
+        rows, mirror, streams: buffers by sub-batch, block tables on the device, streams of copies.
+        timeline: where operations of the step that is launched are measured, if they are.
+        told: what the host was told of it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tables: BlockTables,
+        memory: tuple[KVMemory, KVMemory],
+        main: torch.cuda.Stream,
+        most: tuple[int, int],
+        tuned: Tuned,
+        standing: Ints,
+    ) -> None:
+        self.model, self.tables, self.tuned = model, tables, tuned
+        self._standing = standing
+        self._main = main
+        config, device = model.config, model.device
+        (gpu, cpu), (rows, decodes) = memory, most
+        self.streams = {Resource.H2D: new_stream(device), Resource.D2H: new_stream(device)}
+        self.rows = [Rows(model, gpu, rows, decodes, tuned.layers)]
+        self._over: list[HandOver] = []
+        if tables.cpu.total:
+            self.rows.append(Rows(model, gpu, decodes, 0, tuned.layers))
+            for own in self.rows:
+                over = HandOver(decodes, config.heads, config.kv_heads, config.head_dim, model.dtype, device)
+                over.describe(own.q, own.k, own.v, own.attended)
+                self._over.append(over)
+        self.host: HostAttention | None = None
+        self.mirror = TableMirror(tables.gpu, device)
+        self._copying = LayerCopies(gpu, cpu, device)
+        self._prefill = Prefill(model, gpu)
+        self._capturing = False
+        self._special: Special | None = None
+        self.timeline: Timeline | None = None
+        self.told: Submitted | None = None
+        self._handlers: dict[OpKind, Callable[[int, int], None]] = {
+            OpKind.EMBED: self._embed,
+            OpKind.PRE: self._pre,
+            OpKind.GPU_ATTN: self._gpu_attention,
+            OpKind.SEND: self._send,
+            OpKind.POST: self._post,
+            OpKind.HEAD: self._head,
+        }
+
+    def close(self) -> None:
+        """Stop the host's threads and drop the buffers; may be called again."""
+        if self.host is not None:
+            self.host.close()
+            self.host = None
+        self.rows, self._over = [], []
+
+    def begin(self, inputs: StepInputs, sample: Sample) -> None:
+        """The next step's inputs, and what chooses its tokens."""
+        self.mirror.update()
+        self._inputs, self._sample = inputs, sample
+
+    def prepare_decodes(self, layouts: Sequence[Layout]) -> None:
+        """Inputs and the host's part of a step of decodes alone, padded as its graph is."""
+        inputs = self._inputs
+        self.fill(inputs, layouts)
+        self._special, self.timeline, self._layouts = None, None, layouts
+        self._prefill.begin(inputs.batches[0], None)
+        self._submit(inputs, layouts, counted=True)
+
+    def _submit(self, inputs: StepInputs, layouts: Sequence[Layout], counted: bool) -> None:
+        """Tell the host what the device will ask for.
+
+        ``counted``: rows are padded, and the device reads how many of them count.
+        """
+        parts = []
+        for i, (batch, at) in enumerate(zip(inputs.batches, layouts, strict=True)):
+            if len(batch.cpu):
+                counts = self.rows[i].inputs.device_counts.data_ptr() if counted else None
+                self._over[i].place(at.cpu, at.cpu_rows, counts)
+                parts.append((self._over[i], batch.cpu))
+        self.told = self.host.submit(parts) if parts and self.host is not None else None
+
+    def captured(self, template: Template) -> Tensor:
+        """Launch a whole step while its stream is being captured; logits of all rows, nobody's too."""
+        self._logits: Tensor | None = None
+        self._capturing = True
+        try:
+            self.launch(template)
+        finally:
+            self._capturing = False
+        assert self._logits is not None
+        return self._logits
+
+    def _measure(self, step: Step, layer: int, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
+        if self.timeline is None:
+            return nullcontext()
+        return self.timeline.measure(step, None if step.offset is None else layer, stream)
+
+    def launch(self, template: Template) -> None:
+        """Every operation, in program order."""
+        copied, sections = program(template)
+        self._copied = copied
+        self._waiting: dict[int, tuple[Step, int]] = {}  # RECVs that are launched ahead of their POST
+        self._latest: dict[tuple[OpKind, int], list[torch.cuda.Event]] = {}
+        for repeat, first_layer, steps in sections:
+            for layer_of_section in range(first_layer, first_layer + repeat):
+                for step in steps:
+                    layer = -1 if step.offset is None else layer_of_section + step.offset
+                    self._issue(step, layer, copied)
+
+    def fill(self, inputs: StepInputs, layouts: Sequence[Layout]) -> None:
+        """The numbers of every sub-batch's rows, to the device."""
+        for rows, batch, at in zip(self.rows, inputs.batches, layouts, strict=False):
+            rows.inputs.fill(batch, at)
+            rows.inputs.send()
+
+    def prepare(self, plan: StepPlan, copies: Copies, copied: bool, timeline: Timeline | None) -> None:
+        """Inputs, lists and the host's part of the step, on their way before its first operation."""
+        inputs, self.timeline = self._inputs, timeline
+        layouts = [_layout(b) for b in inputs.batches]
+        first = inputs.batches[0]
+        self._special = None
+        self._late = (
+            to_device(first.late.slots, self.model.device),
+            to_device(first.late.positions, self.model.device),
+        )
+        if copied:
+            self._special, into, back = special_rows(first, plan, self.tables, self._standing)
+            self._copying.begin(copies, self.model.config.layers, into, back)
+            self._special_inputs(first)
+        self.fill(inputs, layouts)
+        self._submit(inputs, layouts, counted=False)
+        self._prefill.begin(first, self._special)
+        self._layouts = layouts
+        if copied:  # copies read lists, and write blocks, that the main stream is about to have ready
+            ready = self._main.record_event()
+            for stream in self.streams.values():
+                stream.wait_event(ready)
+
+    def _special_inputs(self, batch: BatchInputs) -> None:
+        """Tables, rows and lengths of special rows on the device, and attention of streamed decodes."""
+        special, device = self._special, self.model.device
+        self._streamed: kernels.Attention | None = None
+        if special is None:
+            return
+        self._special_tables = to_device(special.tables, device)
+        chunks = batch.chunks[len(batch.chunks) - (special.tables.shape[1] - special.streams) :]
+        rows = np.concatenate(
+            [
+                np.arange(special.streams, dtype=np.int32),
+                *(np.full(c.length, special.streams + i, dtype=np.int32) for i, c in enumerate(chunks)),
+            ]
+        )
+        positions = [batch.stream.positions, batch.spill.positions]
+        self._special_slots = to_device(rows.astype(np.int32), device)
+        self._special_positions = to_device(np.concatenate(positions).astype(np.int32), device)
+        if n := special.streams:
+            own = self.rows[0]
+            at = slice(batch.stream.row, batch.stream.row + n)
+            lengths = to_device(batch.stream.lengths, device)
+            size = kernels.decode_workspace(own.cache, n, own.heads)
+            workspace = torch.zeros(max(16, size), dtype=torch.uint8, device=device)
+            self._streamed = kernels.decode(
+                own.cache, own.q[at], own.out[at], self._special_tables[0], lengths, workspace
+            )
+            self._streamed.plan()
+
+    def _issue(self, step: Step, layer: int, copied: bool) -> None:
+        kind, batch = step.kind, step.batch
+        if kind in COPIES:
+            if not (kind is OpKind.SWAP_OUT and batch == 0 and self._deferred):
+                self._copy(step, layer)
+            return
+        if copied:
+            for event in self._events(step.waits):
+                self._main.wait_event(event)
+        if kind is OpKind.RECV:
+            self._waiting[batch] = (step, layer)
+            return
+        with self._measure(step, layer, self._main):
+            self._handlers[kind](batch, layer)
+        if copied and kind in ORDERED:
+            self._latest.setdefault((kind, batch), []).append(self._main.record_event())
+        if kind is OpKind.GPU_ATTN and self._deferred:
+            self._spill(layer)
+
+    def _events(self, waits: Sequence[tuple[OpKind, int, int]]) -> list[torch.cuda.Event]:
+        found = []
+        for kind, batch, lag in waits:
+            events = self._latest.get((kind, batch))
+            if events is not None and len(events) > lag:
+                found.append(events[-1 - lag])
+        return found
+
+    def _copy(self, step: Step, layer: int) -> None:
+        """One way's copies of a layer, on the stream of their direction."""
+        stream = self.streams[RESOURCE_OF[step.kind]]
+        for event in self._events(step.waits):
+            stream.wait_event(event)
+        if step.kind is OpKind.STREAM:  # what was written to these staging blocks must have left them
+            for event in self._latest.get((OpKind.SWAP_OUT, 0), ())[-1:]:
+                stream.wait_event(event)
+        with torch.cuda.stream(stream), self._measure(step, layer, stream):
+            self._copying.run(_WAY[step.kind, step.batch], layer)
+        self._latest.setdefault((step.kind, step.batch), []).append(stream.record_event())
+
+    def _spill(self, layer: int) -> None:
+        """What was appended with attention goes to the host behind it."""
+        stream = self.streams[Resource.D2H]
+        stream.wait_event(self._main.record_event())
+        with torch.cuda.stream(stream):
+            self._copying.run(Way.SPILL, layer)
+        self._latest.setdefault((OpKind.SWAP_OUT, 0), []).append(stream.record_event())
+
+    @property
+    def _deferred(self) -> bool:
+        """Whether new KV of special rows waits for what is copied in, and so for GPU_ATTN."""
+        return self._special is not None and self._special.prefixed
+
+    def _table(self, layer: int) -> tuple[int, int]:
+        """Address of a layer's block table on the device, and entries between its rows."""
+        tables = self.mirror.tables
+        return tables.data_ptr() + 4 * layer * tables.stride(0), tables.stride(1)
+
+    # -- the GPU's operations -----------------------------------------------------------------------------
+
+    def _embed(self, _batch: int, _layer: int) -> None:
+        for rows, at in zip(self.rows, self._layouts, strict=False):
+            rows.begin(at, self.mirror.latest)
+
+    def _pre(self, batch: int, layer: int) -> None:
+        """PRE of a sub-batch."""
+        weights = self.model.weights.layers[layer]
+        self.rows[batch].pre(layer, weights, self._table(layer), layer == 0)
+        if batch == 0 and self._special is not None and not self._special.prefixed:
+            self._append_special(layer)
+
+    def _append_special(self, layer: int) -> None:
+        special, batch = self._special, self._inputs.batches[0]
+        assert special is not None
+        tables = self._special_tables
+        table = (tables.data_ptr() + 4 * layer * tables.stride(0), tables.stride(1))
+        n = special.streams
+        own = self.rows[0]
+        slots, positions = self._special_slots, self._special_positions
+        if n:
+            own.append(batch.stream.row, n, slots[:n], positions[:n], table)
+        if rest := len(slots) - n:
+            own.append(batch.spill.row, rest, slots[n:], positions[n:], table)
+
+    def _gpu_attention(self, batch: int, layer: int) -> None:
+        rows, late = self.rows[batch], self._inputs.batches[batch].late
+        if len(late):
+            rows.append(late.row, len(late), *self._late, self._table(layer))
+        if self._deferred:
+            self._append_special(layer)
+        self._prefill.run(rows, layer, self.tables)
+        rows.attend(layer, self._table(layer), early=not self._copied)
+        if self._special is not None and self._streamed is not None:
+            tables = self._special_tables
+            self._streamed.attend.args.block_tables = tables.data_ptr() + 4 * layer * tables.stride(0)
+            self._streamed.attend()
+
+    def _send(self, batch: int, _layer: int) -> None:
+        """q, k and v of CPU decodes to the host."""
+        post = self._over[batch].post
+        assert post is not None
+        post()
+
+    def _receive(self, batch: int, _layer: int) -> None:
+        wait = self._over[batch].wait
+        assert wait is not None
+        wait()
+
+    def _post(self, batch: int, layer: int) -> None:
+        """POST of a sub-batch, behind the answer of its CPU attention."""
+        if (awaited := self._waiting.pop(batch, None)) is not None:
+            with self._measure(*awaited, self._main):
+                self._receive(batch, layer)
+        self.rows[batch].post(layer, self.model.weights.layers[layer])
+
+    def _head(self, _batch: int, _layer: int) -> None:
+        if self._capturing:
+            self._logits = self._all_logits()
+            return
+        hidden, delta = [], []
+        for rows, batch in zip(self.rows, self._inputs.batches, strict=False):
+            if batch.sampled:
+                index = to_device(np.array(batch.sampled, dtype=np.int32), self.model.device)
+                hidden.append(rows.hidden.index_select(0, index))
+                delta.append(rows.delta.index_select(0, index))
+        both = [torch.cat(h) if len(h) > 1 else h[0] for h in (hidden, delta)]
+        self.choose(self.model.logits(both[0].add_(both[1]), self.tuned.head.linear))
+
+    def choose(self, logits: Tensor) -> None:
+        """Tokens of the step's sampled rows; those chosen on the device are noted for the step behind it."""
+        tokens = self._sample(logits, self._inputs.sampled)
+        if tokens is not None:
+            self.mirror.note([self.tables.slot(r) for r in self._inputs.sampled], tokens)
+
+    def _all_logits(self) -> Tensor:
+        """Of every row, nobody's too."""
+        ends = [
+            rows.hidden[: at.rows] + rows.delta[: at.rows]
+            for rows, at in zip(self.rows, self._layouts, strict=False)
+        ]
+        return self.model.logits(torch.cat(ends) if len(ends) > 1 else ends[0], self.tuned.head.linear)
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of this device."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _layout(batch: BatchInputs) -> Layout:
+    return Layout(len(batch.tokens), batch.gpu.row, len(batch.gpu), batch.cpu.row, len(batch.cpu))
