@@ -171,3 +171,31 @@ def test_a_request_without_numbers_ends_alone() -> None:
     assert len(found.tokens["bad"]) == 3
     assert "NaN" in found.details["bad"]
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("wrap", [None, Queue], ids=["waits", "queues"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_plain_step_is_told_as_ids_and_tokens_too(wrap: Any, ahead: bool) -> None:
+    """Never less than its outputs; and always, where no row of a request that ended is in the step."""
+    options = {"wrap": wrap} if wrap else {}
+    engine = make_engine(tiny_model(), load_policy("gpu-only", {}), gpu=60, ahead=ahead, **options)
+    add(engine, "first", prompt_of(5), 30)
+    add(engine, "short", prompt_of(6), 6)
+    add(engine, "shown", prompt_of(7), 12, logprobs=1)
+    add(engine, "drawn", prompt_of(8), 20, temperature=0.9)
+    add(engine, "gone", prompt_of(9), 30)
+    plain = 0
+    while engine.has_work:
+        if engine.steps == 16:
+            engine.abort("gone")
+        outputs = engine.step()
+        bare = all(o.token is not None and o.logprobs is None and o.finish_reason is None for o in outputs)
+        if engine.plain is not None:
+            plain += 1
+            requests, tokens = engine.plain
+            assert bare
+            assert list(zip(requests, tokens, strict=True)) == [(o.request_id, o.token) for o in outputs]
+        else:
+            assert ahead or not (bare and outputs)
+    assert 10 < plain < engine.steps - 12
+    engine.close()

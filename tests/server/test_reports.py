@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ pytest.importorskip("torch", reason="the engine needs torch")
 
 from neo.core.record import Mode
 from neo.core.request import FinishReason
+from neo.cost.calibrated import PARTS, Calibrated
 from neo.runtime import tiny
 from neo.runtime.engine_config import EngineConfig
 from neo.runtime.sampling_params import SamplingParams
@@ -116,16 +118,18 @@ def parts() -> EngineParts:
 
 
 @pytest.fixture
-def served(parts: EngineParts) -> Iterator[Served]:
-    system = parts.system()
+def served(parts: EngineParts, request: pytest.FixtureRequest) -> Iterator[Served]:
+    """A loop without a process; a parameter names the cost model."""
+    system = parts.system(cost_model=getattr(request, "param", "roofline"))
     record = LiveRecord(keep=False)
     engine = parts.engine(system, record=record)
-    clock = Clock()
+    clock, executor = Clock(), engine.executor
     engine.clock = clock  # type: ignore[method-assign]
     near, far = socket.socketpair()
     with near, far:
         loop = EngineLoop(engine, system, Channel(near), record)
         loop._zero = 0.0
+        assert engine.executor is executor, "wrapped, it could not be seen to queue steps"
         yield Served(loop, Far(far), clock, record)
     engine.close()
 
@@ -260,6 +264,39 @@ def test_alike_steps_share_a_price_for_a_while(served: Served, monkeypatch: pyte
     for _ in range(80):
         served.step()
     assert not any(u.step.predicted_s for u in served.far.updates[-10:] if u.step is not None)
+
+
+@pytest.mark.parametrize("served", ["calibrated:roofline"], indirect=True)
+def test_a_calibrated_model_has_a_price_for_each_step(served: Served) -> None:
+    model = served.loop.engine.scheduler.cost
+    assert isinstance(model, Calibrated)
+    prices: list[float | None] = []
+    observe = model.observe
+
+    def noting(*step: Any) -> None:
+        observe(*step)
+        prices.append(model.predicted_s)
+
+    model.observe = noting  # type: ignore[method-assign]
+    served.far.send(*adds(2, 300))
+    served.clock.step_s = 0.0005
+    shared = 0
+    for i in range(320):
+        if i == 100:
+            served.far.send(Add(9, "more", [66] * 30, SamplingParams(20, 0.0, ignore_eos=True), 0.0))
+        version = model.version
+        for update in served.step():
+            assert update.step is not None
+            shared += len(update.step.seconds) > 1
+            assert len(update.step.predicted_s) == len(update.step.seconds)
+            if model.version == version and update.step.cost_factors is not None:
+                assert update.step.cost_factors == model.factors
+    assert shared > 10
+    told = [u.step for u in served.far.updates if u.step is not None]
+    assert [s for step in told for s in step.predicted_s] == [(p, 1) for p in prices]
+    said = [step.cost_factors for step in told if step.cost_factors is not None]
+    assert said[-1] == model.factors != dict.fromkeys(PARTS, 1.0)
+    assert all(a != b for a, b in pairwise(said)), "only where they have changed"
 
 
 def test_what_waits_is_told_before_the_engine_fails(served: Served) -> None:
