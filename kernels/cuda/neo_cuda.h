@@ -32,7 +32,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define NEO_CUDA_ABI 3
+#define NEO_CUDA_ABI 4
 
 typedef enum neo_cuda_status {
     NEO_CUDA_OK = 0,
@@ -283,6 +283,30 @@ typedef struct neo_cuda_linear_args {
 } neo_cuda_linear_args;
 
 neo_cuda_status neo_cuda_linear(const neo_cuda_linear_args *args, void *stream);
+
+/* ---- gathering rows ---- */
+
+/* The first `count` tokens of block `index` of row `slot` of a table become rows from `row` on. */
+typedef struct neo_cuda_gather_entry {
+    int32_t slot;
+    int32_t index;
+    int32_t row;
+    int32_t count; /* 1 to block_size */
+} neo_cuda_gather_entry;
+
+/* K and V of tokens in the cache as rows, k and v: [rows][kv_heads][head_dim] of the cache's type, contiguous. */
+typedef struct neo_cuda_gather_args {
+    size_t size;
+    const neo_cuda_cache *cache;
+    const int32_t *block_tables; /* [slots][table_stride], of one layer */
+    int64_t table_stride;        /* entries */
+    const neo_cuda_gather_entry *entries; /* [count] on the device */
+    void *k;
+    void *v;
+    int32_t count;
+} neo_cuda_gather_args;
+
+neo_cuda_status neo_cuda_gather(const neo_cuda_gather_args *args, void *stream);
 
 /* ---- copying blocks ---- */
 

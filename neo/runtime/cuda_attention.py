@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from neo.core.blocks import blocks_for
-from neo.runtime.block_tables import BlockTables
+from neo.runtime import cuda_kernels as kernels
+from neo.runtime import cuda_transfers as transfers
 from neo.runtime.cuda_rows import Rows
 from neo.runtime.cuda_step import Special, to_device
 from neo.runtime.kv_memory import KVMemory
@@ -24,69 +26,93 @@ _CAUSAL = (-1, 0)  # window: all before, nothing behind; aligned to the last que
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Neighbouring chunks without a prefix, attended together."""
+    """Neighbouring chunks, attended together.
+
+    ``gathered``: K and V of prefixes and chunks as rows, and what brings a layer's there; None where no chunk
+    has a prefix, so that what PRE left will do. ``special``: their blocks are in the special tables.
+    """
 
     first: int
     rows: int
-    longest: int
-    bounds: Tensor  # int32 [chunks + 1]
+    most_q: int
+    most_k: int
+    bounds: tuple[Tensor, Tensor]  # of q and of k: int32 [chunks + 1]
+    special: bool
+    gathered: tuple[kernels.Launch, Tensor, Tensor] | None
 
 
 class Prefill:
     """Chunks of one step after the other; ``begin`` once, ``run`` per layer."""
 
     def __init__(self, model: Model, memory: KVMemory) -> None:
-        self.model, self.memory = model, memory
+        self.model = model
         self.flash = model.dtype in (torch.float16, torch.bfloat16)
+        self._cache = kernels.cache_of(memory.tensor, memory.block_size)
+        self._table = torch.zeros(
+            (1, 1), dtype=torch.int32, device=model.device
+        )  # any: every layer has its own
         self._gqa = model.config.heads != model.config.kv_heads
 
     def begin(self, batch: BatchInputs, special: Special | None) -> None:
-        """Sort a sub-batch's chunks: those from token 0 on in runs, the others with their prefix."""
+        """Sort a sub-batch's chunks into runs, on the current stream."""
         self._runs: list[_Run] = []
-        self._prefixed: list[tuple[ChunkRows, int, tuple[Tensor, Tensor]]] = []
-        self._special = special
-        self._blocks: dict[tuple[int, int], Tensor] = {}
-        run: list[ChunkRows] = []
         spilled = 0 if special is None else special.tables.shape[1] - special.streams
         first_special = len(batch.chunks) - spilled
+        run: list[tuple[ChunkRows, int]] = []  # with the rows of their tables
         for i, chunk in enumerate(batch.chunks):
-            if run and (chunk.start or run[-1].row + run[-1].length != chunk.row or not self.flash):
-                self._runs.append(self._run(run))
+            if run and (
+                i == first_special or run[-1][0].row + run[-1][0].length != chunk.row or not self.flash
+            ):
+                self._runs.append(self._run(run, i > first_special))
                 run = []
-            if chunk.start:
-                row = (
-                    special.streams + i - first_special if special is not None and i >= first_special else -1
-                )
-                ends = [0, chunk.length], [0, chunk.start + chunk.length]
-                device = self.model.device
-                of_q, of_k = (to_device(np.array(e, dtype=np.int32), device) for e in ends)
-                self._prefixed.append((chunk, row, (of_q, of_k)))
-            else:
-                run.append(chunk)
+            of_special = special is not None and i >= first_special
+            run.append((chunk, special.streams + i - first_special if special and of_special else chunk.slot))
         if run:
-            self._runs.append(self._run(run))
+            self._runs.append(self._run(run, len(batch.chunks) > first_special))
 
-    def _run(self, chunks: Sequence[ChunkRows]) -> _Run:
-        lengths = [c.length for c in chunks]
-        bounds = to_device(np.cumsum([0, *lengths]).astype(np.int32), self.model.device)
-        return _Run(chunks[0].row, sum(lengths), max(lengths), bounds)
+    def _run(self, chunks: Sequence[tuple[ChunkRows, int]], special: bool) -> _Run:
+        lengths = [c.length for c, _ in chunks]
+        ends = [c.start + c.length for c, _ in chunks]
+        device = self.model.device
+        of_q = to_device(np.cumsum([0, *lengths]).astype(np.int32), device)
+        gathered = None
+        if any(c.start for c, _ in chunks):
+            of_k = to_device(np.cumsum([0, *ends]).astype(np.int32), device)
+            config = self.model.config
+            shape = (sum(ends), config.kv_heads, config.head_dim)
+            k, v = (torch.empty(shape, dtype=self.model.dtype, device=device) for _ in range(2))
+            entries = to_device(self._entries([row for _, row in chunks], ends), device)
+            gathered = transfers.gather(self._cache, self._table, entries, k, v), k, v
+        else:
+            of_k = of_q
+        return _Run(chunks[0][0].row, sum(lengths), max(lengths), max(ends), (of_q, of_k), special, gathered)
 
-    def run(self, rows: Rows, layer: int, tables: BlockTables) -> None:
-        """Attention of all chunks in one layer; their new KV is in the cache already."""
+    def _entries(self, rows: Sequence[int], ends: Sequence[int]) -> npt.NDArray[np.int32]:
+        """For ``neo.runtime.cuda_transfers.gather``: every block of these rows' first ``ends`` tokens."""
+        size = self._cache.struct.block_size
+        found, first = [], 0
+        for row, end in zip(rows, ends, strict=True):
+            index = np.arange(blocks_for(end, size), dtype=np.int32)
+            count = np.minimum(size, end - size * index)
+            found.append(np.stack([np.full_like(index, row), index, first + size * index, count], axis=1))
+            first += end
+        return np.concatenate(found).astype(np.int32)
+
+    def run(self, rows: Rows, table: tuple[int, int], special: tuple[int, int] | None) -> None:
+        """Attention of all chunks in one layer; their new KV is in the cache already.
+
+        ``table``, ``special``: address and row length of the layer's tables, and of its special rows'.
+        """
         for run in self._runs:
             at = slice(run.first, run.first + run.rows)
-            self._attend(rows, at, rows.k[at], rows.v[at], (run.bounds, run.bounds), run.longest, run.longest)
-        for chunk, row, bounds in self._prefixed:
-            at = slice(chunk.row, chunk.row + chunk.length)
-            count = blocks_for(chunk.start, self.memory.block_size)
-            if row < 0:
-                table = tables.gpu.tables[layer, chunk.slot, :count]
-            else:
-                assert self._special is not None
-                table = self._special.tables[layer, row, :count]
-            k, v = self.memory.gather(to_device(table, self.model.device), chunk.start)
-            k, v = torch.cat((k, rows.k[at])), torch.cat((v, rows.v[at]))
-            self._attend(rows, at, k, v, bounds, chunk.length, chunk.start + chunk.length)
+            k, v = rows.k[at], rows.v[at]
+            if run.gathered is not None:
+                gather, k, v = run.gathered
+                where = special if run.special else table
+                assert where is not None
+                gather.args.block_tables, gather.args.table_stride = where
+                gather()
+            self._attend(rows, at, k, v, run.bounds, run.most_q, run.most_k)
 
     def _attend(
         self,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from neo.runtime.cpu_library import Sized
 
-ABI = 3
+ABI = 4
 LIBRARY_VARIABLE = "NEO_CUDA_LIBRARY"
 _NAME = "libneo_cuda.so"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -156,6 +156,21 @@ class Qkv(Sized):
         ("q_heads", c_int32),
         ("eps", c_float),
         ("early", c_int32),
+    )
+
+
+class Gather(Sized):
+    """``neo_cuda_gather_args``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("cache", POINTER(Cache)),
+        ("block_tables", c_void_p),
+        ("table_stride", c_int64),
+        ("entries", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("count", c_int32),
     )
 
 
@@ -303,6 +318,7 @@ LAUNCHES: dict[str, type[Sized]] = {
     "neo_cuda_rope_angles": Angles,
     "neo_cuda_qkv_rope_append": Qkv,
     "neo_cuda_linear": Linear,
+    "neo_cuda_gather": Gather,
     "neo_cuda_copy_blocks": Copy,
     "neo_cuda_copy_runs": Copy,
     "neo_cuda_post_rows": Post,

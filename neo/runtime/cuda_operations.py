@@ -285,11 +285,15 @@ class Operations:
         if batch == 0 and self._special is not None and not self._special.prefixed:
             self._append_special(layer)
 
+    def _special_table(self, layer: int) -> tuple[int, int]:
+        """Address of special rows' tables of a layer, and entries between its rows."""
+        tables = self._special_tables
+        return tables.data_ptr() + 4 * layer * tables.stride(0), tables.stride(1)
+
     def _append_special(self, layer: int) -> None:
         special, batch = self._special, self._inputs.batches[0]
         assert special is not None
-        tables = self._special_tables
-        table = (tables.data_ptr() + 4 * layer * tables.stride(0), tables.stride(1))
+        table = self._special_table(layer)
         n = special.streams
         own = self.rows[0]
         slots, positions = self._special_slots, self._special_positions
@@ -304,11 +308,11 @@ class Operations:
             rows.append(late.row, len(late), *self._late, self._table(layer))
         if self._deferred:
             self._append_special(layer)
-        self._prefill.run(rows, layer, self.tables)
+        special = None if self._special is None else self._special_table(layer)
+        self._prefill.run(rows, self._table(layer), special)
         rows.attend(layer, self._table(layer), early=not self._copied)
         if self._special is not None and self._streamed is not None:
-            tables = self._special_tables
-            self._streamed.attend.args.block_tables = tables.data_ptr() + 4 * layer * tables.stride(0)
+            self._streamed.attend.args.block_tables = self._special_table(layer)[0]
             self._streamed.attend()
 
     def _send(self, batch: int, _layer: int) -> None:

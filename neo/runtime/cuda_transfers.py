@@ -11,7 +11,34 @@ import torch
 from torch import Tensor
 
 from neo.runtime import cuda_library as c
-from neo.runtime.cuda_kernels import Launch, float_rows, int_numbers
+from neo.runtime.cuda_kernels import Cache, Launch, float_rows, int_numbers
+
+
+def gather(cache: Cache, tables: Tensor, entries: Tensor, k: Tensor, v: Tensor) -> Launch:
+    """K and V of tokens in the cache as rows [rows, kv_heads, head_dim], contiguous.
+
+    `entries`, int32 [count, 4] on the device: the first `count` tokens of block `index` of row `slot` of
+    `tables` become rows from `row` on; its columns are slot, index, row, count.
+    """
+    heads, dim = cache.struct.kv_heads, cache.struct.head_dim
+    for name, rows in (("k", k), ("v", v)):
+        if rows.shape[1:] != (heads, dim) or rows.dtype != cache.blocks.dtype or not rows.is_contiguous():
+            raise ValueError(
+                f"{name} is {tuple(rows.shape)} {rows.dtype}, must be contiguous "
+                f"[rows, {heads}, {dim}] {cache.blocks.dtype}"
+            )
+    if entries.ndim != 2 or entries.shape[1] != 4:
+        raise ValueError(f"entries are {tuple(entries.shape)}, must be [count, 4]")
+    args = c.Gather(
+        cache=ctypes.pointer(cache.struct),
+        block_tables=tables.data_ptr(),
+        table_stride=max(tables.stride(0), tables.shape[1]),
+        entries=int_numbers(entries, "entries", entries.numel()),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        count=len(entries),
+    )
+    return Launch("neo_cuda_gather", args, (cache, tables, entries, k, v))
 
 
 def copy_blocks(

@@ -45,6 +45,40 @@ def test_add_rms_norm(device: Device, dtype: torch.dtype, width: int, with_delta
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("dim", "block_size"), [(64, 16), (80, 8), (96, 16), (128, 32), (256, 16)])
+def test_gather(device: Device, dtype: torch.dtype, dim: int, block_size: int) -> None:
+    """Whole sequences in another order, and nothing of what lies behind them."""
+    lengths, order = (1, 50, 16, 33), (2, 0, 3, 1)
+    case = paged(lengths, dtype, 3, dim, block_size, seed=dim)
+    entries: list[tuple[int, int, int, int]] = []
+    first = 4  # rows that are nobody's stay as they are
+    for slot in order:
+        starts = range(0, lengths[slot], block_size)
+        entries += [(slot, i, first + at, min(block_size, lengths[slot] - at)) for i, at in enumerate(starts)]
+        first += lengths[slot]
+    k, v = (device(torch.full((first + 3, 3, dim), 7.0, dtype=dtype)) for _ in range(2))
+    cache = ck.cache_of(device(case.blocks), block_size)
+    listed = torch.tensor(entries, dtype=torch.int32)
+    ct.gather(cache, device(case.tables), device(listed), k, v)(device.stream)
+    device.wait()
+    rest = torch.full((4, 3, dim), 7.0, dtype=dtype)
+    for got, of in ((k, case.k), (v, case.v)):
+        assert torch.equal(got.cpu(), torch.cat([rest, *(of[slot] for slot in order), rest[:3]]))
+
+
+def test_what_gather_refuses() -> None:
+    cache = ck.cache_of(torch.zeros(4, 2, 2, 64 * 16), 16)
+    table, entries = (torch.zeros(1, n, dtype=torch.int32) for n in (1, 4))
+    rows = torch.zeros(5, 2, 64)
+    ct.gather(cache, table, entries, rows, rows)
+    for wrong in (rows.half(), rows[:, :1], rows.view(5, 64, 2)):
+        with pytest.raises(ValueError, match="must be contiguous"):
+            ct.gather(cache, table, entries, rows, wrong)
+    with pytest.raises(ValueError, match="entries are"):
+        ct.gather(cache, table, entries[:, :3], rows, rows)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("width", [8, 264, 14336])
 def test_silu_mul(device: Device, dtype: torch.dtype, width: int) -> None:
     x = normal(3, 2 * width, dtype=dtype, seed=1) * 4
