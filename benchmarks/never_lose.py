@@ -108,6 +108,7 @@ def base_points(machines: Sequence[Machine], requests: int, seed: int = 0, only:
                 seed=seed,
                 policy=BASE,
                 hardware=m.hardware,
+                cost="roofline",
                 model=m.model,
                 kv_gpu_blocks=m.kv_gpu_blocks,
                 max_batch_tokens=m.max_batch_tokens,
