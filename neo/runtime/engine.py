@@ -248,6 +248,7 @@ class Engine:
             tables.release(request.id)
         copies = tables.begin(planned.plan)
         inputs = prepare(planned.plan, tables, self._live)
+        running.choice.settled = not inputs.sampled  # nothing to choose: a step behind it need not wait
         job = (planned.plan, planned.graph, inputs, copies, running.choice)
         if self._queue is not None:
             return running._replace(ended=self._queue.start(*job))
