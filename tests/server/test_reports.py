@@ -202,6 +202,24 @@ def test_nothing_is_held_over_a_step_that_may_take_longer_or_a_pause(served: Ser
     assert served.far.tokens() != before
 
 
+def test_steps_before_a_pause_have_their_price_then(served: Served) -> None:
+    """The last request is aborted, so that no step with another row follows those that wait for a price."""
+    served.far.send(*adds(1, 400))
+    served.clock.step_s = 0.0005
+    for _ in range(100):
+        served.step()
+    served.far.send(Abort(0, str(FinishReason.ABORT)))
+    while served.loop.engine.has_work:
+        served.step()
+    served.loop._rest()
+    served.far.receive()
+    steps = [u.step for u in served.far.updates if u.step is not None]
+    assert sum(len(s.seconds) for s in steps) == served.loop.engine.steps
+    assert sum(count for s in steps for _, count in s.predicted_s) == served.loop.engine.steps
+    served.loop._rest()
+    assert not served.far.receive(), "and nothing is said twice"
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_every_token_end_and_step_is_told_once(served: Served, share: bool) -> None:
     """Requests of many lengths that come, end and are aborted at any time, with steps of any length."""

@@ -106,6 +106,7 @@ class EngineLoop:
     def _rest(self) -> None:
         """The engine is idle. EngineError if its accounts do not add up."""
         self.engine.check_integrity()
+        self.reports.rest()
         if self.log_file is not None:
             self.log_file.flush()
 

@@ -89,6 +89,13 @@ class Reports:
             tokens, self._tokens = self._tokens, []
             self._send(self._keys, tokens, [], self.watch.info(more=True), self._end_s)
 
+    def rest(self) -> None:
+        """The engine has no work: say all that is known of its steps."""
+        self.flush()
+        info = self.watch.rest()
+        if info is not None:
+            self._send([], [], [], info, None)
+
     def _starting(self, graph: StepGraph) -> None:
         """A step begins: one that may take longer than those before it must not keep their tokens."""
         if self._tokens and (self.watch.graph is None or _more(graph, self.watch.graph)):

@@ -97,16 +97,27 @@ class StepWatch:
     def info(self, more: bool) -> StepInfo:
         """The steps since the last call, one at least; ``more``: others like them may follow."""
         rows, self._rows = self._rows, []
-        _start, end, _steps, mode, _waiting, prefill, gpu, cpu, streamed = rows[-1][:9]
+        end = rows[-1][1]
         if not more or end - self._priced_s >= PRICE_S:
             self._settle()
             self._priced_s = end
+        return self._info([row[1] - row[0] for row in rows])
+
+    def rest(self) -> StepInfo | None:
+        """Nothing follows the steps so far: the price of those that have none yet, if there are any."""
+        if not self._unpriced:
+            return None
+        self._settle()
+        return self._info([])
+
+    def _info(self, seconds: list[float]) -> StepInfo:
+        mode, _waiting, prefill, gpu, cpu, streamed = self._like
         predicted, self._predicted = self._predicted, []
         h2d, d2h, preempted = (a - b for a, b in zip(self._moved, self._told, strict=True))
         self._told = self._moved
         return StepInfo(
             int(mode),
-            [row[1] - row[0] for row in rows],
+            seconds,
             predicted,
             int(prefill),
             int(gpu),
