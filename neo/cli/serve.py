@@ -182,6 +182,8 @@ def serve(
         options = options_by_policy([policy], key_values(policy_opt, "--policy-opt"))[policy]
         config = replace(config, policy=policy, policy_options=options)
         keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
+        if not all(key.strip() for key in keys):
+            raise InputError("--api-key: an empty key keeps nobody out; leave it away to serve everybody")
         limits = ServerLimits(
             max_queued=max_queued_requests,
             max_body_bytes=size_of(max_body_size, "--max-body-size") or 0,

@@ -44,7 +44,7 @@ def load_cost_model(
         InputError: one line: what was wrong and where.
     """
     options = dict(options or {})
-    spec = resolve_cost(spec, model, hardware.name)
+    spec = resolve_cost(spec, model, hardware.name, options)
     name, _, rest = spec.partition(":")
     if name == "calibrated":
         return _calibrated(rest, model, hardware, options)
@@ -73,13 +73,13 @@ def load_cost_model(
     )
 
 
-def resolve_cost(spec: str, model: ModelSpec, hardware: str) -> str:
+def resolve_cost(spec: str, model: ModelSpec, hardware: str, options: Mapping[str, Any] | None = None) -> str:
     """``spec`` with ``auto`` replaced: by the table that was measured on the hardware of that name with this
-    shape of model and comes with neo, else by the roofline."""
+    shape of model and comes with neo, else by the roofline, whose ``options`` a table would not take."""
     before, _, last = spec.rpartition(":")
     if last != "auto" or before not in ("", "calibrated"):
         return spec
-    table = shipped_table(hardware, model)
+    table = None if options else shipped_table(hardware, model)
     found = "roofline" if table is None else f"profiled:{table}"
     return f"{before}:{found}" if before else found
 

@@ -192,6 +192,8 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
             return tomllib.load(file)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{what} file {path}: not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{what} file {path}: not valid TOML: nested too deep") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{what} file {path}: cannot be read: {error}") from error
 

@@ -213,7 +213,13 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{what} {path}: not valid JSON: line {error.lineno}: {error.msg}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise InputError(f"{what} {path}: not valid JSON: nested too deep") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} {path}: cannot be read: {error}") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise InputError(f"{what} {path}: not valid JSON: {error}") from error
+    except OSError as error:
         raise InputError(f"{what} {path}: cannot be read: {error}") from error
 
 

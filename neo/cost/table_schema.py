@@ -6,7 +6,6 @@ format in words and an example.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -153,17 +152,22 @@ def _check_table(name: str, entry: Table, place: str) -> None:
     for axis, values in entry.axes.items():
         if len(values) < 2:
             raise InputError(f"{place}.axes.{axis}: needs at least 2 values, has {len(values)}")
+        if values[-1] > _MOST:
+            raise InputError(f"{place}.axes.{axis}: its last value is more than {_MOST}")
         for i in range(1, len(values)):
             if values[i] <= values[i - 1]:
                 raise InputError(f"{place}.axes.{axis}.{i}: {values[i]} after {values[i - 1]}, must increase")
     _check_seconds(entry.seconds, [len(values) for values in entry.axes.values()], f"{place}.seconds")
 
 
+_MOST = 10**18  # of a size or of seconds: any more is a slip, and may not fit a float
+
+
 def _check_seconds(found: Any, sizes: list[int], place: str) -> None:
     """Lists nested as deep as there are axes, of their sizes; at the bottom finite numbers >= 0."""
     if not sizes:
         number = isinstance(found, int | float) and not isinstance(found, bool)
-        if not number or not 0 <= found < math.inf:
+        if not number or not 0 <= found <= _MOST:
             raise InputError(f"{place}: {found!r} is not a finite number of seconds, at least 0")
         return
     if not isinstance(found, list):

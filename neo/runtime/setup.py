@@ -45,7 +45,7 @@ class EngineParts:
     def system(self, **changes: Any) -> System:
         """The System, with fields of the config (policy, cost model, ...) changed."""
         config = replace(self.config, **changes)
-        spec = resolve_cost(config.cost_model, self.spec, self.hardware.name)
+        spec = resolve_cost(config.cost_model, self.spec, self.hardware.name, config.cost_options)
         config = replace(config, cost_model=spec)
         cost = load_cost_model(config.cost_model, self.spec, self.hardware, dict(config.cost_options))
         gpu, cpu = _budgets(config, self.device, self.spec, self.hardware)

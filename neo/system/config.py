@@ -106,7 +106,8 @@ def build_system(config: SystemConfig) -> System:
             f"--cost {config.cost_model}: it learns from measured steps, which a simulation has not; "
             f"use --cost {base}"
         )
-    config = replace(config, cost_model=resolve_cost(config.cost_model, model, hardware.name))
+    named = resolve_cost(config.cost_model, model, hardware.name, config.cost_options)
+    config = replace(config, cost_model=named)
     cost = load_cost_model(config.cost_model, model, hardware, dict(config.cost_options))
     try:
         described = isinstance(cost.describe(), dict)

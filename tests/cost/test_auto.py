@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from neo.core.errors import InputError
 from neo.cost import presets
 from neo.cost.loading import load_cost_model, resolve_cost
 from neo.cost.presets import load_hardware, load_model, shipped_table
@@ -49,6 +50,38 @@ def test_anything_else_is_the_rooflines(own: Path, name: str, dtype: str | None,
 @pytest.mark.parametrize("spec", ["roofline", "profiled:auto", "auto.py:auto", "mine"])
 def test_what_was_named_stays(own: Path, spec: str) -> None:
     assert resolve_cost(spec, load_model("llama-2-7b"), "a100") == spec
+
+
+def test_options_are_the_rooflines(own: Path) -> None:
+    model = load_model("llama-2-7b")
+    assert resolve_cost("auto", model, "a100", {"graphs": "1"}) == "roofline"
+    assert resolve_cost("auto", model, "a100", {}) == f"profiled:{own}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "nested too deep"),
+        ('{"tp": ' + "1" * 5000 + "}", "not valid JSON: Exceeds the limit"),
+    ],
+)
+def test_files_that_are_hard_to_read(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_table(path)
+
+
+def test_numbers_that_fit_no_float(tmp_path: Path) -> None:
+    table = json.loads(next(presets.profiles_dir().glob("*/*.json")).read_text())
+    for place in ("axes", "seconds"):
+        broken = json.loads(json.dumps(table))
+        entry = broken["tables"]["pre"]
+        (entry["axes"]["tokens"] if place == "axes" else entry["seconds"])[-1] = 10**400
+        path = tmp_path / f"{place}.json"
+        path.write_text(json.dumps(broken))
+        with pytest.raises(InputError, match=f"tables.pre.{place}"):
+            read_table(path)
 
 
 def test_tables_that_come_with_neo_are_whole() -> None:

@@ -176,6 +176,8 @@ def test_wrong_options_end_in_one_line(tmp_path: Path) -> None:
         (["--max-model-len", "4096"], "2048"),
         (["--kv-gpu-bytes", "900TB"], "give fewer blocks"),
         (["--record", "/dev/null/run"], "cannot write into --record"),
+        (["--api-key", ""], "an empty key keeps nobody out"),
+        (["--api-key", "good", "--api-key", " "], "an empty key keeps nobody out"),
     ):
         found = CliRunner().invoke(app, ["--port", "0", *arguments])
         assert isinstance(found.exception, InputError), (arguments, found.exception)
