@@ -13,6 +13,7 @@ from torch import Tensor
 
 from neo.core.errors import InputError
 from neo.runtime.block_tables import Ints, TierBlocks
+from neo.runtime.cuda_step import to_device
 from neo.runtime.kv_memory import KVMemory
 
 _GIB = 1 << 30
@@ -111,7 +112,7 @@ class TableMirror:
 
     def note(self, slots: Sequence[int], tokens: Tensor) -> None:
         """The tokens, int64 on the device, that a step has sampled for slots; on the current stream."""
-        where = torch.tensor(slots, dtype=torch.int64).pin_memory().to(self._device, non_blocking=True)
+        where = to_device(np.array(slots, dtype=np.int64), self._device)
         self.latest.index_copy_(0, where, tokens.to(torch.int32))
 
     def _buffers(self, count: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("torch", reason="the engine needs torch")
 
+from tiny_toml import TINY_TOML
+
 from neo.cli.bench import bench
 from neo.cli.simulate import simulate
 from neo.cli.validate import validate
@@ -22,21 +24,6 @@ from neo.cost.presets import load_hardware, load_model
 from neo.cost.tabulate import tabulate
 from neo.report.files import read_run
 
-MODEL = """
-name = "tiny"
-source = "test"
-layers = 2
-hidden = 64
-heads = 2
-kv_heads = 1
-head_dim = 64
-intermediate = 96
-vocab = 256
-max_positions = 128
-mlp_matrices = 3
-tied_embeddings = true
-dtype_bytes = 4
-"""
 JUMPY = '''
 from neo.policy.gpu_only import GpuOnly, GpuOnlyOptions
 from neo.core.graph import OpKind, Work
@@ -60,7 +47,7 @@ for command in (bench, simulate, validate):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    (folder / "tiny.toml").write_text(MODEL)
+    (folder / "tiny.toml").write_text(TINY_TOML)
     (folder / "jumpy.py").write_text(JUMPY)
     model = load_model(str(folder / "tiny.toml"))
     base = load_cost_model("roofline", model, load_hardware("g4dn.4xlarge"))

@@ -13,27 +13,14 @@ from typer.testing import CliRunner
 
 pytest.importorskip("torch", reason="the engine needs torch")
 
+from tiny_toml import TINY_TOML
+
 from neo.cli.bench import bench
 from neo.cli.simulate import simulate
 from neo.cli.validate import validate
 from neo.core.errors import InputError
 from neo.report.timelines import read_timeline, telling_step
 
-MODEL = """
-name = "tiny"
-source = "test"
-layers = 3
-hidden = 64
-heads = 2
-kv_heads = 1
-head_dim = 64
-intermediate = 96
-vocab = 256
-max_positions = 128
-mlp_matrices = 3
-tied_embeddings = true
-dtype_bytes = 4
-"""
 LOAD = ["--prompt-lengths", "uniform:4:60", "--output-lengths", "fixed:6", "--requests", "6"]
 KV = ["--kv-gpu-blocks", "40", "--kv-cpu-blocks", "90", "--max-seqs", "16", "--hardware", "g4dn.4xlarge"]
 STEPS = 5
@@ -56,7 +43,7 @@ def neo(*arguments: str | Path) -> str:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Measured, with every operation of its first steps, CPU attention among them."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "tiny.toml").write_text(MODEL)
+    (folder / "tiny.toml").write_text(TINY_TOML.replace("layers = 2", "layers = 3"))
     start = ["bench", "--model", folder / "tiny.toml", *LOAD, *KV, "--quiet", "--no-plots", "--device", "cpu"]
     neo(*start, "-p", "fastdecode", "--timeline", str(STEPS), "--out", folder / "run")
     return folder / "run"

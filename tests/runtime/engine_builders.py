@@ -28,23 +28,6 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 VOCAB = 96
 SPIN_US = 0  # tests share few cores with others: who waits sleeps
 
-TINY_TOML = """
-name = "tiny"
-source = "test"
-layers = 2
-hidden = 64
-heads = 2
-kv_heads = 1
-head_dim = 64
-intermediate = 96
-vocab = 256
-max_positions = 128
-mlp_matrices = 3
-tied_embeddings = true
-dtype_bytes = 4
-"""
-"""A preset of a model that commands can run with random weights."""
-
 
 def tiny_model(layers: int = 3, max_positions: int = 256, seed: int = 0) -> Model:
     """A float32 Llama of random weights: nothing to read, everything to compute."""

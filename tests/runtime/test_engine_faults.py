@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("torch", reason="the engine needs torch")
 
 import torch
-from engine_builders import TINY_TOML, VOCAB, Collected, add, make_engine, prompt_of, run, tiny_model, watch
+from engine_builders import VOCAB, Collected, add, make_engine, prompt_of, run, tiny_model, watch
 from support import ToyCost
+from tiny_toml import TINY_TOML
 
 from neo.core.errors import InputError, PlanError, PolicyError
 from neo.core.plan import KVMove, PrefillChunk, StepPlan, SubBatch

@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("torch", reason="the engine needs torch")
 
 import torch
-from engine_builders import TINY_TOML, add, prompt_of, watch
+from engine_builders import add, prompt_of, watch
+from tiny_toml import TINY_TOML
 
 from neo import __version__
 from neo.core.errors import InputError
