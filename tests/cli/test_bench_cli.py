@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("torch", reason="the engine needs torch")
 
+from tiny_toml import TINY_TOML
+
 from neo.cli.bench import bench
 from neo.cli.engine_options import cores_of
 from neo.cli.validate import validate
@@ -23,21 +25,6 @@ from neo.core.errors import InputError, NeoError
 from neo.policy.registry import policy_names
 from neo.report.files import read_run
 
-TINY = """
-name = "tiny"
-source = "test"
-layers = 2
-hidden = 64
-heads = 2
-kv_heads = 1
-head_dim = 64
-intermediate = 96
-vocab = 256
-max_positions = 128
-mlp_matrices = 3
-tied_embeddings = true
-dtype_bytes = 4
-"""
 KV = ["--kv-gpu-blocks", "40", "--kv-cpu-blocks", "90", "--max-seqs", "24"]
 SMALL = ["--prompt-lengths", "uniform:4:100", "--output-lengths", "uniform:1:20", "--requests", "16"]
 
@@ -49,7 +36,7 @@ app.command("validate")(validate)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model") / "tiny.toml"
-    path.write_text(TINY)
+    path.write_text(TINY_TOML)
     return str(path)
 
 

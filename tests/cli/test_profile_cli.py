@@ -12,25 +12,12 @@ import pytest
 
 pytest.importorskip("torch", reason="the engine needs torch")
 
+from tiny_toml import TINY_TOML
+
 from neo.cli import main
 from neo.cost.presets import load_hardware
 from neo.report.files import read_summary
 
-TINY = """
-name = "tiny"
-source = "test"
-layers = 2
-hidden = 64
-heads = 2
-kv_heads = 1
-head_dim = 64
-intermediate = 96
-vocab = 256
-max_positions = 128
-mlp_matrices = 3
-tied_embeddings = true
-dtype_bytes = 4
-"""
 SMALL = ["--kv-gpu-blocks", "8", "--kv-cpu-blocks", "80", "--max-seqs", "8", "--max-batch-tokens", "32"]
 
 Neo = Callable[..., tuple[int, str, str]]
@@ -56,7 +43,7 @@ def neo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model") / "tiny.toml"
-    path.write_text(TINY)
+    path.write_text(TINY_TOML)
     return str(path)
 
 

@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("torch", reason="the engine needs torch")
 
+from tiny_toml import TINY_TOML
+
 from neo.core.errors import InputError, PlanError, PolicyError
 from neo.core.plan import StepPlan
 from neo.core.request import FinishReason, State
@@ -25,28 +27,13 @@ from neo.runtime.replay import Replay, ReplayOptions, wait_until, warm_up
 from neo.runtime.setup import EngineParts
 from neo.workload import TraceRequest, Workload, read_trace
 
-TINY = """
-name = "tiny"
-source = "test"
-layers = 2
-hidden = 64
-heads = 2
-kv_heads = 1
-head_dim = 64
-intermediate = 96
-vocab = 256
-max_positions = 128
-mlp_matrices = 3
-tied_embeddings = true
-dtype_bytes = 4
-"""
 ENDLESS = 3000  # tokens; minutes, if nobody gives up
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> EngineParts:
     path = tmp_path_factory.mktemp("model") / "tiny.toml"
-    path.write_text(TINY)
+    path.write_text(TINY_TOML)
     blocks = {"kv_gpu_blocks": 400, "kv_cpu_blocks": 100}
     return EngineParts(
         EngineConfig(
