@@ -101,6 +101,7 @@ class Books:
         self._leave_group(request)
         for pool in self.view.pools.values():
             pool.release(request.id)
+        self._end_relay(request)
         request.state = State.WAITING
         request.computed = 0
         request.tier = None
@@ -164,6 +165,24 @@ class Books:
                 r.cpu_steps += steps
         return ended
 
+    def commit_relay(self, plan: StepPlan) -> tuple[list[Request], list[Request]]:
+        """Relayed decodes are a layer further; those that have one more token, and of these the last one."""
+        yielding, ended = [], []
+        for batch in plan.batches:
+            for r in batch.relay_decode:
+                if r.relay_layers == 0:
+                    self.view.relaying += 1
+                r.relay_layers += 1
+                if r.relay_layers > self.view.model.layers:
+                    self._end_relay(r)
+                    r.computed += 1
+                    r.generated += 1
+                    r.cpu_steps += 1
+                    yielding.append(r)
+                    if r.generated >= r.max_tokens:
+                        ended.append(r)
+        return yielding, ended
+
     def commit_chunks(self, plan: StepPlan, yielding: list[Request]) -> list[Request]:
         """Chunks have their KV. Fills ``yielding`` with requests that get a token; those at their limit."""
         ended = []
@@ -191,6 +210,7 @@ class Books:
     def leave(self, request: Request, state: State, reason: FinishReason) -> None:
         """Take a request out of its queue and its blocks back; the driver is told with ``end``."""
         self._leave_group(request)
+        self._end_relay(request)
         for pool in self.view.pools.values():
             pool.release(request.id)
         request.state = state
@@ -198,6 +218,12 @@ class Books:
         request.tier = None
         request.host_layers = 0
         del self.requests[request.id]
+
+    def _end_relay(self, request: Request) -> None:
+        """A request that may be within a relayed token is so no more."""
+        if request.relay_layers:
+            request.relay_layers = 0
+            self.view.relaying -= 1
 
     def _join_group(self, request: Request) -> None:
         group = self._decodes[request.tier]

@@ -88,6 +88,9 @@ NO_BATCH = (
 )  # the sub-batch of operations that belong to none: planning, embedding, moves ahead of use, HEAD
 
 
+RELAY = 2  # the sub-batch of what is done for relayed decodes alone
+
+
 class Dep(NamedTuple):
     """'After the most recent ``kind`` of sub-batch ``batch``', or the ``lag``-th before that one."""
 

@@ -21,7 +21,8 @@ def new_layer_blocks(view: SystemView, plan: StepPlan, steps: int = 1) -> list[t
     grown: list[tuple[Tier, str, int]] = []
     for batch in plan.batches:
         if steps == 1:
-            needs = [(r, 1) for r in batch.decodes if not r.computed % size]
+            begin = [r for r in batch.relay_decode if not r.relay_layers]
+            needs = [(r, 1) for r in (*batch.decodes, *begin) if not r.computed % size]
         else:
             needs = [(r, -(-(r.computed + steps) // size) - (r.computed // size + 1)) for r in batch.decodes]
         for r, blocks in needs:

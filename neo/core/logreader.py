@@ -18,7 +18,7 @@ from neo.core.request import FinishReason, Tier
 
 LOG_FILE = "steps.jsonl"
 FORMAT = 1  # of the run log; a header without the key "format" is of this one
-ROLES = ("gpu_decode", "cpu_decode", "stream_decode")
+ROLES = ("gpu_decode", "cpu_decode", "stream_decode", "relay_decode")
 _COLUMNS = ("request_id", "arrival_s", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s", "e2e_s")
 
 

@@ -13,6 +13,13 @@ GPU_ATTN of sub-batch 0::
     GPU   PRE0 PRE1 GA0 │ POST0 PRE0' │ POST1 PRE1' GA0' │ ...
     CPU        CA0      │    CA1      │        CA0'      │ ...
 
+Relayed decodes (in a sequential step) have their CPU attention of all layers, each request's of its own
+layer, beside the whole step: their rows left for the CPU in the step before, join the others for a layer's
+POST and leave again behind the next layer's PRE::
+
+    GPU   PRE GA │ POST PRE' GA' │ POST' PRE'' GA'' │ ...
+    CPU   CA0 CA1 CA2 ...
+
 Copies run beside that: moves ordered before the layer that needs them, KV bound for the CPU behind the PRE
 that made it (through the staging layer, which the next layer's PRE needs back), streamed KV ahead of the
 attention that reads it.
@@ -24,7 +31,7 @@ from functools import lru_cache
 from itertools import groupby
 
 from neo.core.blocks import blocks_for
-from neo.core.graph import OpKind, StepGraph, Template, Work
+from neo.core.graph import RELAY, OpKind, StepGraph, Template, Work
 from neo.core.plan import EvictMode, KVMove, MoveOrder, StepPlan, SubBatch
 from neo.core.request import Request, Tier
 from neo.core.specs import ModelSpec
@@ -41,16 +48,18 @@ def compile(plan: StepPlan, model: ModelSpec, block_size: int = 16, staging_laye
     batch = plan.batches[0]
     if (
         len(plan.batches) == 1
-        and not (plan.moves or plan.evict or batch.cpu_decode or batch.stream_decode)
+        and not (plan.moves or plan.evict or batch.cpu_decode or batch.stream_decode or batch.relay_decode)
         and all(c.dst is Tier.GPU for c in batch.prefill)
     ):
         return _compile_gpu_only(batch, model)
     return _Compiler(plan, model, block_size, max(1, staging_layers)).graph()
 
 
-def sampled_rows(batch: SubBatch) -> int:
+def sampled_rows(batch: SubBatch, layers: int) -> int:
     """Requests of a sub-batch that get a token from this step."""
     done = sum(c.length == c.request.remaining_prefill for c in batch.prefill)
+    if batch.relay_decode:
+        done += sum([r.relay_layers == layers for r in batch.relay_decode])
     return done + len(batch.gpu_decode) + len(batch.cpu_decode) + len(batch.stream_decode)
 
 
@@ -64,7 +73,7 @@ def _compile_gpu_only(batch: SubBatch, model: ModelSpec) -> StepGraph:
     decodes = batch.gpu_decode
     chunks = tuple([(c.start, c.length) for c in batch.prefill])
     tokens = len(decodes) + sum([c[1] for c in chunks])
-    rows = sampled_rows(batch) if chunks else len(decodes)
+    rows = sampled_rows(batch, model.layers) if chunks else len(decodes)
     template = _gpu_only_template(model.layers, rows > 0, model.tp > 1)
     dense = Work(tokens)
     kv = sum([r.computed for r in decodes]) + len(decodes)
@@ -113,8 +122,11 @@ class _Compiler:
         self.block_bytes = block_size * model.kv_bytes_per_token_layer
         self.batches = plan.batches
         self.tokens = [b.tokens for b in plan.batches]
-        self.sequences = sum([b.sequences for b in plan.batches])
-        self.rows = sum([sampled_rows(b) for b in plan.batches])
+        self.sequences = sum([b.sequences + len(b.relay_decode) for b in plan.batches])
+        self.rows = sum([sampled_rows(b, model.layers) for b in plan.batches])
+        relayed = plan.batches[0].relay_decode
+        self.coming = [r for r in relayed if r.relay_layers]  # at POST of their layers
+        self.going = sum([r.relay_layers < model.layers for r in relayed])  # to PRE of the layers behind
         self.at_use = plan.host_layers_at_use(model.layers)
         self.runs = self.stream_runs()
         self.into = self.out = self.spilled = 0
@@ -138,6 +150,8 @@ class _Compiler:
             attention=bool(first.prefill or first.gpu_decode or first.stream_decode),
             cpu0=bool(first.cpu_decode),
             cpu1=len(self.batches) == 2 and bool(self.batches[1].cpu_decode),
+            relay_out=self.going > 0,
+            relay_in=bool(self.coming),
             swap_out=self.out > 0,
             swap_in=self.into > 0,
             spill=self.spilled > 0,
@@ -221,6 +235,8 @@ class _Compiler:
             return Work(bytes=self.into)
         if kind is OpKind.SWAP_OUT:
             return Work(bytes=self.spilled if index == 0 else self.out)
+        if index == RELAY:
+            return self.relay_work(kind)
         tokens = self.tokens[index]
         if kind is OpKind.PRE or kind is OpKind.POST:
             return Work(tokens)
@@ -237,6 +253,17 @@ class _Compiler:
         if kind is OpKind.RECV:
             return Work(rows, rows, bytes=recv_bytes(rows, model))
         return Work(tokens, bytes=allreduce_bytes(tokens, model))
+
+    def relay_work(self, kind: OpKind) -> Work:
+        """Of a layer on average: layers differ in who is there."""
+        layers = self.model.layers
+        if kind is OpKind.SEND:
+            rows = -(-self.going // layers)
+            return Work(rows, rows, bytes=send_bytes(rows, self.model))
+        rows = -(-len(self.coming) // layers)
+        if kind is OpKind.RECV:
+            return Work(rows, rows, bytes=recv_bytes(rows, self.model))
+        return Work(rows, rows, -(-kv_read(tuple(self.coming)) // layers))
 
     def with_contention(
         self, keys: tuple[WorkKey, ...], counts: tuple[int, ...], works: list[Work]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -40,28 +42,42 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class SubBatch:
-    """Requests that go through the layers together."""
+    """Requests that go through the layers together.
+
+    ``relay_decode`` requests do not: each is at a layer of its own, and in every step goes on to the next one.
+    With L layers a token takes L + 1 steps. The first embeds it and does layer 0's PRE; every further one
+    takes up a layer behind its CPU attention, which ran beside this step's other layers, and does its POST
+    and the next layer's PRE; the last one samples. The GPU reads its weights for them once, with everybody's.
+    """
 
     prefill: tuple[PrefillChunk, ...] = ()
     gpu_decode: tuple[Request, ...] = ()
     cpu_decode: tuple[Request, ...] = ()
     stream_decode: tuple[Request, ...] = ()  # GPU attention; host layers' KV is streamed ahead of use
+    relay_decode: tuple[Request, ...] = ()  # CPU attention between two layers, one layer a step
 
     @property
     def decodes(self) -> tuple[Request, ...]:
-        """All decode requests of this sub-batch."""
+        """Decodes that go through all layers in this step."""
         return self.gpu_decode + self.cpu_decode + self.stream_decode
 
     @property
     def tokens(self) -> int:
         """Rows of its dense work."""
         decodes = len(self.gpu_decode) + len(self.cpu_decode) + len(self.stream_decode)
+        if self.relay_decode:
+            decodes += relay_rows(self.relay_decode)
         return decodes + sum(c.length for c in self.prefill) if self.prefill else decodes
 
     @property
     def sequences(self) -> int:
-        """Requests in it."""
+        """Requests in it that go through all layers."""
         return len(self.prefill) + len(self.gpu_decode) + len(self.cpu_decode) + len(self.stream_decode)
+
+
+def relay_rows(requests: Iterable[Request]) -> int:
+    """Rows that relayed decodes add to each layer: as many as there are in the fullest one."""
+    return max(Counter([r.relay_layers for r in requests]).values(), default=0)
 
 
 @dataclass(frozen=True, slots=True)

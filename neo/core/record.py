@@ -20,6 +20,7 @@ class Mode(IntEnum):
     CPU_SEQUENTIAL = 1  # one batch with CPU attention
     PIPELINED = 2  # two sub-batches
     STREAMED = 3  # one batch with streamed KV
+    RELAYED = 4  # one batch, beside it decodes on the CPU that go a layer further
 
 
 @dataclass(slots=True)

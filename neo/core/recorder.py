@@ -28,6 +28,7 @@ class Begun(NamedTuple):
     gpu_decodes: int
     cpu_decodes: int
     stream_decodes: int
+    relayed: tuple[Request, ...]  # whose relayed token this step completes
     completing: tuple[Request, ...]  # whose prefill this step completes
     waiting: int
     kv_gpu: int  # layer-blocks
@@ -56,10 +57,15 @@ class Recorder:
         """Note what a planned step starts from; after ``plan_step``, before ``commit_step``."""
         tokens = on_gpu = on_cpu = streamed = 0
         completing: tuple[Request, ...] = ()
+        relayed: tuple[Request, ...] = ()
+        layers = self.scheduler.view.model.layers
         for batch in planned.plan.batches:
             on_gpu += len(batch.gpu_decode)
             on_cpu += len(batch.cpu_decode)
             streamed += len(batch.stream_decode)
+            if batch.relay_decode:
+                on_cpu += len(batch.relay_decode)
+                relayed = tuple([r for r in batch.relay_decode if r.relay_layers == layers])
             if batch.prefill:
                 tokens += sum([c.length for c in batch.prefill])
                 completing += tuple(
@@ -67,7 +73,8 @@ class Recorder:
                 )
         view = self.scheduler.view
         gpu, cpu = view.pools[Tier.GPU].used, view.pools[Tier.CPU].used
-        return Begun(planned, tokens, on_gpu, on_cpu, streamed, completing, len(view.waiting), gpu, cpu)
+        waiting = len(view.waiting)
+        return Begun(planned, tokens, on_gpu, on_cpu, streamed, relayed, completing, waiting, gpu, cpu)
 
     def observe(self, planned: Planned, seconds: list[Any], start: float, ends: list[float]) -> None:
         """Note a step that was priced, or its repetitions.
@@ -79,7 +86,8 @@ class Recorder:
             ends: when each repetition ended.
         """
         begun = self.begin(planned)
-        last = [r.last_token_s or 0.0 for b in planned.plan.batches for r in b.decodes]
+        decodes = [r for b in planned.plan.batches for r in b.decodes]
+        last = [r.last_token_s or 0.0 for r in (*decodes, *begun.relayed)]
         self._note(begun, busy_seconds(planned.graph.template, seconds), start, ends, last)
         if self.bubbles is not None:
             self.bubbles.add(planned.graph.template, seconds, start, ends)
@@ -97,9 +105,8 @@ class Recorder:
             start: when its first operation began.
             end: when its last one ended.
         """
-        last = [
-            r.last_token_s or 0.0 for b in begun.planned.plan.batches for r in b.decodes if r.finish_s is None
-        ]
+        decodes = [r for b in begun.planned.plan.batches for r in b.decodes]
+        last = [r.last_token_s or 0.0 for r in (*decodes, *begun.relayed) if r.finish_s is None]
         self._note(begun, busy, start, [end], last)
         graph = begun.planned.graph
         measured = StepSeconds(end - start, busy.get(Resource.HOST), busy.get(Resource.CPU))
@@ -126,7 +133,7 @@ class Recorder:
             record.bytes_d2h += out
         if plan.evict:
             record.preemptions += len(plan.evict)
-        _, tokens, on_gpu, on_cpu, streamed, _, waiting, gpu, cpu = begun
+        _, tokens, on_gpu, on_cpu, streamed, _, _, waiting, gpu, cpu = begun
         mode = mode_of(plan)
         row = (start, ends[-1], steps, mode, waiting, tokens, on_gpu, on_cpu, streamed, gpu, cpu, *worked)
         record.add_row(row)
@@ -162,4 +169,6 @@ def mode_of(plan: StepPlan) -> Mode:
     batch = plan.batches[0]
     if batch.cpu_decode:
         return Mode.CPU_SEQUENTIAL
+    if batch.relay_decode:
+        return Mode.RELAYED
     return Mode.STREAMED if batch.stream_decode else Mode.GPU_ONLY

@@ -63,6 +63,7 @@ class Request:
     generated: int = 0
     tier: Tier | None = None  # where all its KV is; None if it has none, or if it is split over both tiers
     host_layers: int = 0  # bit l is set if layer l's KV is on the CPU
+    relay_layers: int = 0  # of a relayed token: layers whose PRE is behind it; 0 between two tokens
     sequence: int = -1  # order of admission to this scheduler
 
     scheduled_s: float | None = None

@@ -112,6 +112,7 @@ class RunLog:
             ("gpu_decode", batch.gpu_decode),
             ("cpu_decode", batch.cpu_decode),
             ("stream_decode", batch.stream_decode),
+            ("relay_decode", batch.relay_decode),
         )
         for role, members in roles:
             before = self._last.get((index, role), ())

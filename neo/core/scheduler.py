@@ -63,7 +63,7 @@ class StepResult:
 def _takes_part(request: Request, plan: StepPlan) -> bool:
     """Whether a plan that has been applied uses a request's KV."""
     actors = [c.request for b in plan.batches for c in b.prefill]
-    actors += [r for b in plan.batches for r in b.decodes]
+    actors += [r for b in plan.batches for r in (*b.decodes, *b.relay_decode)]
     actors += [m.request for m in plan.moves] + [e.request for e in plan.evict]
     return any(r is request for r in actors)
 
@@ -85,6 +85,7 @@ class _Committed(NamedTuple):
     plan: StepPlan
     steps: int
     first: list[Request]  # whose prefill this step completes
+    relayed: list[Request]  # whose relayed token it completes
     ended: list[Request]  # at their length limit
     void: list[_Stop]  # had stopped before it began
 
@@ -234,6 +235,8 @@ class Scheduler:
         self._in_flight = None
         first: list[Request] = []
         ended = self._books.commit_decodes(plan, steps)
+        relayed, last = self._books.commit_relay(plan)
+        ended += last
         ended += self._books.commit_chunks(plan, first)
         self._books.complete_moves(plan)
         void = self._leave_stopped()
@@ -241,7 +244,7 @@ class Scheduler:
             ended = [r for r in ended if not any(r is stop.request for stop in void)]
         for request in ended:
             self._books.leave(request, State.FINISHED, FinishReason.LENGTH)
-        self._committed = _Committed(plan, steps, first, ended, void)
+        self._committed = _Committed(plan, steps, first, relayed, ended, void)
 
     def finish_step(self, planned: Planned, result: StepResult) -> None:
         """Commit a step that has run: tokens, copies completed, requests that ended."""
@@ -256,6 +259,8 @@ class Scheduler:
         for batch in planned.plan.batches:
             for r in batch.decodes:
                 r.last_token_s = end
+        for r in done.relayed:
+            r.last_token_s = end
         for r in done.first:
             r.last_token_s = end
             if r.first_token_s is None and r.generated:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
-from neo.core.graph import NO_BATCH, Dep, OpKind, Section, Template, TemplateOp
+from neo.core.graph import NO_BATCH, RELAY, Dep, OpKind, Section, Template, TemplateOp
 
 WorkKey = tuple[OpKind, int, int]  # kind, sub-batch, variant (streams: which run of layers)
 
@@ -30,6 +30,8 @@ class Shape(NamedTuple):
     attention: bool = True  # GPU attention in sub-batch 0
     cpu0: bool = False  # CPU decodes in sub-batch 0
     cpu1: bool = False
+    relay_out: bool = False  # relayed decodes leave a layer's PRE for the CPU
+    relay_in: bool = False  # others come back for its POST
     swap_out: bool = False  # moves to the CPU ahead of use
     swap_in: bool = False
     spill: bool = False  # new KV that goes to the CPU behind PRE
@@ -63,6 +65,8 @@ class _Builder:
         serial = not (
             self.s.pipelined
             or self.s.cpu0
+            or self.s.relay_out
+            or self.s.relay_in
             or self.s.swap_out
             or self.s.swap_in
             or self.s.spill
@@ -148,8 +152,22 @@ class _Builder:
             return []
         return [self.op(OpKind.RECV, batch, (Dep(OpKind.CPU_ATTN, batch),), offset)]
 
+    def relay(self) -> list[TemplateOp]:
+        """Rows that leave for the CPU, attention of those that left in a step before, and their way back.
+
+        That attention waits for nothing of this step: it begins with it and goes ahead of the GPU.
+        """
+        ops = []
+        if self.s.relay_in:
+            ops.append(self.op(OpKind.CPU_ATTN, RELAY, (Dep(OpKind.SCHEDULE, NO_BATCH),)))
+            ops.append(self.op(OpKind.RECV, RELAY, (Dep(OpKind.CPU_ATTN, RELAY),)))
+        if self.s.relay_out:
+            ops.append(self.op(OpKind.SEND, RELAY, (Dep(OpKind.PRE, 0),)))
+        return ops
+
     def post(self, batch: int, offset: int = 0) -> list[TemplateOp]:
         deps = [Dep(OpKind.PRE, batch)]
+        deps += [Dep(OpKind.RECV, RELAY)] if batch == 0 and self.s.relay_in else []
         deps += [Dep(OpKind.GPU_ATTN, 0)] if batch == 0 and self.s.attention else []
         deps += [Dep(OpKind.RECV, batch)] if (self.s.cpu1 if batch else self.s.cpu0) else []
         ops = [self.op(OpKind.POST, batch, deps, offset)]
@@ -181,6 +199,7 @@ class _Builder:
                 *self.cpu_attention(0),
                 *self.gpu_attention(),
                 *following,
+                *self.relay(),
                 *self.recv(0),
                 *self.post(0),
             ]

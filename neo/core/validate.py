@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from neo.core.errors import PlanError
 from neo.core.growth import growing
-from neo.core.plan import EvictMode, KVMove, MoveOrder, StepPlan, SubBatch
+from neo.core.plan import EvictMode, KVMove, MoveOrder, StepPlan, SubBatch, relay_rows
 from neo.core.request import Request, State, Tier
 from neo.core.view import SystemView
 
@@ -18,9 +18,11 @@ RULES: dict[str, str] = {
     "chunk": "a chunk starts at what is computed, has at least one token and ends within the known tokens",
     "residency": "attention on a tier reads a layer only if its KV is there or its move is ordered before",
     "token-budget": "tokens of a step stay within limits.max_batch_tokens",
-    "seq-budget": "requests of a step stay within limits.max_seqs",
+    "seq-budget": "requests of a step, relayed ones aside, stay within limits.max_seqs",
     "gpu-blocks": "GPU layer-blocks hold at the peak inside the step, moves in flight included",
     "cpu-blocks": "CPU layer-blocks hold at the peak inside the step; swap-ins free theirs at its end",
+    "relay": "relayed decodes run in a sequential step without other CPU decodes, all that are within a token "
+    "together, in at most limits.relay_rows rows; such a request has no other role and its KV stays",
     "staging": "KV on its way fits the staging buffers: those set aside, or the plan's ring",
     "moves": "a move concerns KV that exists, on the other tier; a layer moves once per request and step",
     "evict": "only requests with KV and without another role are evicted; swapping out needs KV on the GPU",
@@ -36,7 +38,8 @@ def check(view: SystemView, plan: StepPlan) -> None:
     _check_types(plan)
     if len(plan.batches) == 1 and not (plan.moves or plan.evict or plan.reject):
         batch = plan.batches[0]
-        if batch.gpu_decode is view.gpu_decodes and not (batch.cpu_decode or batch.stream_decode):
+        others = batch.cpu_decode or batch.stream_decode or batch.relay_decode
+        if batch.gpu_decode is view.gpu_decodes and not others:
             _check_plain(view, plan, batch)
             return
     _check_batches(plan)
@@ -45,6 +48,7 @@ def check(view: SystemView, plan: StepPlan) -> None:
     for batch in plan.batches:
         _check_chunks(batch)
         _check_residency(view, batch, moved)
+    _check_relay(view, plan)
     _check_budgets(view, plan)
     _check_evictions(view, plan)
     _check_blocks(view, plan, moved)
@@ -56,6 +60,7 @@ def _check_types(plan: StepPlan) -> None:
     parts = [type(plan.batches), type(plan.moves), type(plan.evict), type(plan.reject)]
     for b in plan.batches:
         parts += [type(b.prefill), type(b.gpu_decode), type(b.cpu_decode), type(b.stream_decode)]
+        parts.append(type(b.relay_decode))
     if parts.count(tuple) != len(parts):
         other = next(p for p in parts if p is not tuple)
         raise TypeError(f"{other.__name__} instead of a tuple")
@@ -100,7 +105,7 @@ def _check_batches(plan: StepPlan) -> None:
     if len(plan.batches) > 2:
         raise PlanError("batches", f"{len(plan.batches)} sub-batches, at most 2 are possible")
     for i, batch in enumerate(plan.batches):
-        if not batch.sequences:
+        if not (batch.sequences or batch.relay_decode):
             raise PlanError("batches", f"sub-batch {i} is empty")
     if len(plan.batches) == 2:
         second = plan.batches[1]
@@ -130,7 +135,9 @@ def _check_unique(requests: Sequence[Request]) -> None:
 
 
 def _check_roles(view: SystemView, plan: StepPlan) -> None:
-    actors = [r for b in plan.batches for r in (*(c.request for c in b.prefill), *b.decodes)]
+    actors = [
+        r for b in plan.batches for r in (*(c.request for c in b.prefill), *b.decodes, *b.relay_decode)
+    ]
     others = [e.request for e in plan.evict] + [x.request for x in plan.reject]
     _check_known(view, actors)
     _check_known(view, others)
@@ -199,7 +206,11 @@ def _check_moves(view: SystemView, plan: StepPlan) -> dict[str, int]:
 
 def _check_residency(view: SystemView, batch: SubBatch, moved: dict[str, int]) -> None:
     everything = (1 << view.model.layers) - 1
-    wanted = ((batch.gpu_decode, 0, "GPU attention"), (batch.cpu_decode, everything, "CPU attention"))
+    wanted = (
+        (batch.gpu_decode, 0, "GPU attention"),
+        (batch.cpu_decode, everything, "CPU attention"),
+        (batch.relay_decode, everything, "CPU attention"),
+    )
     for decodes, mask, what in wanted:
         if decodes is view.gpu_decodes or decodes is view.cpu_decodes:
             own = 0 if decodes is view.gpu_decodes else everything
@@ -226,6 +237,27 @@ def _check_residency(view: SystemView, batch: SubBatch, moved: dict[str, int]) -
             raise PlanError(
                 "residency", f"a chunk for the {c.dst}, but what is computed is elsewhere", c.request.id
             )
+
+
+def _check_relay(view: SystemView, plan: StepPlan) -> None:
+    relayed = [r for b in plan.batches for r in b.relay_decode]
+    if not (relayed or view.relaying):
+        return
+    within = sum([r.relay_layers > 0 for r in relayed])
+    for r in (*(r for b in plan.batches for r in b.decodes), *(m.request for m in plan.moves)):
+        if r.relay_layers:
+            raise PlanError("relay", f"it is within a token, {r.relay_layers} layers on", r.id)
+    if not relayed:
+        return
+    if len(plan.batches) > 1 or plan.batches[0].cpu_decode:
+        raise PlanError("relay", "relayed decodes beside other CPU decodes", relayed[0].id)
+    gone = sum([e.request.relay_layers > 0 for e in plan.evict])
+    if within != view.relaying - gone:
+        raise PlanError("relay", f"{within} of {view.relaying} requests within a token go on, not all")
+    if (rows := relay_rows(relayed)) > view.limits.relay_rows:
+        raise PlanError("relay", f"{rows} rows, limits.relay_rows is {view.limits.relay_rows}")
+    if any(m.request.id in {r.id for r in relayed} for m in plan.moves):
+        raise PlanError("relay", "KV of relayed decodes cannot move", relayed[0].id)
 
 
 def _check_budgets(view: SystemView, plan: StepPlan) -> None:
@@ -260,6 +292,8 @@ def _check_blocks(view: SystemView, plan: StepPlan, moved: dict[str, int]) -> No
         need[Tier.GPU] += growing(view, batch.gpu_decode) * layers
         if batch.cpu_decode:
             need[Tier.CPU] += growing(view, batch.cpu_decode) * layers
+        if batch.relay_decode:
+            need[Tier.CPU] += growing(view, [r for r in batch.relay_decode if not r.relay_layers]) * layers
         for r in batch.stream_decode:
             on_host = moved.get(r.id, r.host_layers).bit_count()
             if r.computed % view.limits.block_size == 0:
@@ -363,3 +397,5 @@ def _check_repeat(plan: StepPlan) -> None:
         raise PlanError("repeat", f"repeat is {plan.repeat}")
     if plan.repeat and (plan.moves or plan.evict or plan.reject or any(b.prefill for b in plan.batches)):
         raise PlanError("repeat", "a plan with prefill, moves, evictions or rejections cannot repeat")
+    if plan.repeat and any(b.relay_decode for b in plan.batches):
+        raise PlanError("repeat", "a plan with relayed decodes cannot repeat")

@@ -23,6 +23,7 @@ class Limits:
     max_seqs: int = 256
     max_batch_tokens: int = 8192
     max_preemptions: int = 10_000  # of one request; a policy must not preempt it again beyond this
+    relay_rows: int = 16  # rows that relayed decodes may add to a layer
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_seqs", "max_batch_tokens"):
@@ -39,6 +40,7 @@ class SystemView:
         waiting: requests without KV, in the order in which they should be served (preempted ones first).
         prefilling: requests whose known tokens have KV in part, by admission.
         gpu_decodes, cpu_decodes, split_decodes: decoding requests by where their KV lives, by admission.
+        relaying: how many of the decodes on the CPU are within a relayed token, at some layer.
         pools: block accounting of both tiers.
         in_flight: the plan that is running now, if this one is planned ahead.
     """
@@ -53,6 +55,7 @@ class SystemView:
         "now",
         "pools",
         "prefilling",
+        "relaying",
         "requests",
         "split_decodes",
         "waiting",
@@ -79,6 +82,7 @@ class SystemView:
         self.gpu_decodes: tuple[Request, ...] = ()
         self.cpu_decodes: tuple[Request, ...] = ()
         self.split_decodes: tuple[Request, ...] = ()
+        self.relaying = 0
         self.in_flight: StepPlan | None = None
 
     @property

@@ -187,7 +187,8 @@ def mean_load(view: SystemView, budget: int) -> Load | None:
     decodes = (*view.gpu_decodes, *view.cpu_decodes)
     if not decodes:
         return None
-    output = 2.0 * sum([r.generated for r in decodes]) / len(decodes)
+    even = (view.relaying and view.gpu_decodes) or decodes  # relayed ones advance more slowly than others
+    output = 2.0 * sum([r.generated for r in even]) / len(even)
     prompts = [r.prompt_tokens for r in (*decodes, *islice(view.waiting, _SAMPLE))]
     return Load(
         _rounded(sum(prompts) / len(prompts)),

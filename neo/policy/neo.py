@@ -38,6 +38,8 @@ from neo.policy.gpu_only import GpuOnly, GpuOnlyOptions
 from neo.policy.host_target import HostTarget
 from neo.policy.neo_choice import choose
 from neo.policy.neo_draft import Draft
+from neo.policy.neo_relay import relayed
+from neo.policy.relay_target import Goal, RelayTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +91,18 @@ class NeoOptions:
         },
     )
 
+    relay: bool = field(
+        default=True,
+        metadata={
+            "help": "relay CPU decodes, a layer a step beside one pass over the weights, where that is "
+            "estimated to serve more requests than two sub-batches"
+        },
+    )
     faithful: bool = field(
         default=False,
         metadata={
-            "help": "prefill=whole worth=requests eager=true patience_s=1e9 swap_in_limit=0.95, each unless "
-            "given beside it"
+            "help": "prefill=whole worth=requests eager=true patience_s=1e9 swap_in_limit=0.95 relay=false, "
+            "each unless given beside it"
         },
     )
 
@@ -105,6 +114,7 @@ class NeoOptions:
             "eager": True,
             "patience_s": 1e9,
             "swap_in_limit": 0.95,
+            "relay": False,
         }
     }
 
@@ -131,22 +141,39 @@ class Neo:
         self.staging_layers = int(o.eager)  # else KV on its way to the CPU takes blocks when it needs them
         self._times: StageTimes | None = None
         self._target: HostTarget | None = None
+        self._relay: RelayTarget | None = None
 
     def plan(self, view: SystemView, cost: CostModel) -> StepPlan:
         """Decide the next step."""
         if self._times is None or self._target is None or not self._times.fits(cost):
             self._times = StageTimes(cost, view.model, self.options.cpu_launch_s)
             self._target = HostTarget(self._times)
+            self._relay = RelayTarget(self._times, self._target)
         if not view.cpu_decodes and not any(r.tier is Tier.CPU for r in view.prefilling):
             plan = self._gpu_only.plan(view, cost)
             if not plan.evict and (not view.waiting or self._admits_all(view, plan)):
                 return plan
-        draft = Draft(view, self._times, self._target, self.options)
+        goal = self._goal(view)
+        draft = Draft(view, self._times, self._target, self.options, goal)
         draft.place_gpu_decodes()
         draft.place_prefills()
+        if goal is not None:
+            return relayed(draft, goal)
         draft.place_cpu_decodes()
         draft.drop_prefills()
         return choose(draft)
+
+    def _goal(self, view: SystemView) -> Goal | None:
+        """What to aim at where CPU decodes are to be relayed; None where two sub-batches do better."""
+        o = self.options
+        if not view.limits.relay_rows:
+            return None
+        goal = None
+        if o.relay and o.prefill == "chunked" and not o.eager and self._relay is not None:
+            goal = self._relay.look(view, min(o.token_budget, view.limits.max_batch_tokens))
+        if goal is None and view.relaying:
+            return Goal(0, o.token_budget, 0.0)  # tokens that were begun go on to their end
+        return goal
 
     @staticmethod
     def _admits_all(view: SystemView, plan: StepPlan) -> bool:

@@ -16,12 +16,24 @@ from neo.policy.host_target import HostTarget, Outlook
 
 if TYPE_CHECKING:
     from neo.policy.neo import NeoOptions
+    from neo.policy.relay_target import Goal
 
 
 class Draft:
-    """The two sub-batches of one step in the making."""
+    """The two sub-batches of one step in the making.
 
-    def __init__(self, view: SystemView, times: StageTimes, target: HostTarget, options: NeoOptions) -> None:
+    With a ``goal`` there is one sub-batch, and CPU decodes are relayed: see ``neo.policy.neo_relay``.
+    """
+
+    def __init__(
+        self,
+        view: SystemView,
+        times: StageTimes,
+        target: HostTarget,
+        options: NeoOptions,
+        goal: Goal | None = None,
+    ) -> None:
+        self.goal = goal
         self.view = view
         self.times = times
         self.target = target
@@ -35,7 +47,7 @@ class Draft:
         self.chunks: list[PrefillChunk] = []
         self.cpu_decodes: tuple[list[Request], list[Request]] = ([], [])
         self.cpu_kv = [0, 0]
-        self.cpu_candidates: list[Request] = list(view.cpu_decodes)
+        self.cpu_candidates: list[Request] = [r for r in view.cpu_decodes if not r.relay_layers]
         self.gpu_free = self.gpu.free
         # What CPU-bound prefills under way still need is theirs.
         under_way = [r for r in view.prefilling if r.tier is Tier.CPU]
@@ -151,6 +163,8 @@ class Draft:
         room = limits.max_batch_tokens - decodes - min(len(self.cpu_candidates), limits.max_batch_tokens // 2)
         if self.options.prefill == "whole":
             return room
+        if self.goal is not None and self._host_room() <= 0:
+            room = min(room, self.goal.chunk)
         return max(0, min(room, self.options.token_budget - decodes))
 
     def _admit(self, budget: int, slots: int) -> None:
@@ -158,7 +172,7 @@ class Draft:
         room: int | None = None  # how many more may go to the CPU; asked for when the first would
         # The GPU's next room is for a starving request, or, unless eager, for whoever is on the CPU already:
         # those who come after may not overtake.
-        to_cpu = self.forced or bool(self.cpu_candidates and not self.options.eager)
+        to_cpu = self.forced or bool(self.view.cpu_decodes and not self.options.eager)
         watermark = int(self.gpu.total * self.options.watermark)
         cpu_watermark = int(self.cpu.total * self.options.watermark)
         for r in view.waiting:
@@ -199,8 +213,10 @@ class Draft:
         view = self.view
         if self.options.eager:
             return len(view.waiting)
-        outlook = self.outlook
         there = len(self.cpu_candidates) + sum([r.tier is Tier.CPU for r in view.prefilling])
+        if self.goal is not None:
+            return self.goal.hosted - there - view.relaying
+        outlook = self.outlook
         return outlook.on_host() - there if outlook is not None else 0
 
     @cached_property
@@ -212,7 +228,7 @@ class Draft:
         return self.target.look(self.view, budget)
 
     def _starving(self) -> bool:
-        if not self.cpu_candidates:
+        if not self.cpu_candidates or self.goal is not None:
             return False
         last = self.cpu_candidates[0].last_token_s
         return last is not None and self.view.now - last > self.options.patience_s

@@ -140,7 +140,7 @@ def completion_throughput(finish_s: Floats) -> float | None:
 
 
 def count_decisions(record: RunRecord) -> dict[str, int]:
-    """Steps by mode: ``{"gpu-only": n, "cpu-sequential": n, "pipelined": n, "streamed": n}``."""
+    """Steps by mode: ``{"gpu-only": n, "cpu-sequential": n, "pipelined": n, "streamed": n, ...}``."""
     mode = np.array(record.columns.mode, dtype=np.int64)
     steps = np.array(record.columns.steps, dtype=np.int64)
     return {m.name.lower().replace("_", "-"): int(steps[mode == m].sum()) for m in Mode}

@@ -29,6 +29,7 @@ MODES = (
     (Mode.CPU_SEQUENTIAL, "CPU sequential", style.ORANGE),
     (Mode.PIPELINED, "pipelined", style.VERMILLION),
     (Mode.STREAMED, "streamed", style.GREEN),
+    (Mode.RELAYED, "relayed", style.PURPLE),
 )
 
 

@@ -166,8 +166,8 @@ def test_works_hold_the_numbers_of_the_step() -> None:
 
 def test_an_unfinished_prompt_samples_nothing_and_has_no_head() -> None:
     chunk = PrefillChunk(Request("p", 30, 5), 0, 29)
-    assert sampled_rows(SubBatch((chunk,))) == 0
-    assert sampled_rows(SubBatch((replace(chunk, length=30),))) == 1
+    assert sampled_rows(SubBatch((chunk,)), 2) == 0
+    assert sampled_rows(SubBatch((replace(chunk, length=30),)), 2) == 1
     kinds = {op.kind for op in compile(StepPlan((SubBatch((chunk,)),)), toy_model(), 4).expand()}
     assert kinds == {OpKind.SCHEDULE, OpKind.EMBED, OpKind.PRE, OpKind.GPU_ATTN, OpKind.POST}
     assert kv_read(()) == 0
