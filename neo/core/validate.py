@@ -135,9 +135,7 @@ def _check_unique(requests: Sequence[Request]) -> None:
 
 
 def _check_roles(view: SystemView, plan: StepPlan) -> None:
-    actors = [
-        r for b in plan.batches for r in (*(c.request for c in b.prefill), *b.decodes, *b.relay_decode)
-    ]
+    actors = [r for b in plan.batches for r in (*(c.request for c in b.prefill), *b.decodes, *b.relay_decode)]
     others = [e.request for e in plan.evict] + [x.request for x in plan.reject]
     _check_known(view, actors)
     _check_known(view, others)

@@ -172,7 +172,7 @@ class Neo:
         if o.relay and o.prefill == "chunked" and not o.eager and self._relay is not None:
             goal = self._relay.look(view, min(o.token_budget, view.limits.max_batch_tokens))
         if goal is None and view.relaying:
-            return Goal(0, o.token_budget, 0.0)  # tokens that were begun go on to their end
+            return Goal(0, 0.0)  # tokens that were begun go on to their end
         return goal
 
     @staticmethod

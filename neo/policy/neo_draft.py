@@ -163,8 +163,6 @@ class Draft:
         room = limits.max_batch_tokens - decodes - min(len(self.cpu_candidates), limits.max_batch_tokens // 2)
         if self.options.prefill == "whole":
             return room
-        if self.goal is not None and self._host_room() <= 0:
-            room = min(room, self.goal.chunk)
         return max(0, min(room, self.options.token_budget - decodes))
 
     def _admit(self, budget: int, slots: int) -> None:

@@ -29,9 +29,7 @@ def relayed(draft: Draft, goal: Goal) -> StepPlan:
     ring = draft.ring if any(c.dst is Tier.CPU for c in chunks) else 0
     batch = SubBatch(chunks, decodes, relay_decode=members)
     why = f"{len(members)} of {goal.hosted} relayed" if members else "gpu-only"
-    return StepPlan(
-        (batch,), tuple(draft.moves), tuple(draft.evict), tuple(draft.reject), why, ring=ring
-    )
+    return StepPlan((batch,), tuple(draft.moves), tuple(draft.evict), tuple(draft.reject), why, ring=ring)
 
 
 def _begin(draft: Draft, goal: Goal, within: list[Request]) -> list[Request]:

@@ -1,9 +1,8 @@
-"""How many requests ``neo`` keeps on the host for relayed decoding, and how it spreads prefill over steps.
+"""How many requests ``neo`` keeps on the host for relayed decoding.
 
 Relayed decodes (``SubBatch.relay_decode``) have the CPU to themselves for a whole step: with N of them, each
 of L layers attends for N / (L + 1) requests, and N / (L + 1) tokens come out. More of them than the CPU can
-serve within a step make the GPU wait. So the best N grows with the length of a step, and steps of one length
-serve the CPU better than short ones between long ones: prompts in chunks that every step has.
+serve within a step make the GPU wait: the best N is what keeps it busy for as long as a step of decodes takes.
 """
 
 from __future__ import annotations
@@ -15,9 +14,6 @@ from neo.core.view import SystemView
 from neo.policy.estimate import StageTimes
 from neo.policy.host_target import HostTarget, Load, mean_load
 
-_LEAST_CHUNK = 128  # tokens: below, a pass over the weights is bound by memory and prompts cost too much
-
-
 _WORTH = 1.02  # of the rate without the host: estimates are no better than that
 
 
@@ -26,12 +22,10 @@ class Goal(NamedTuple):
 
     Attributes:
         hosted: requests on the host.
-        chunk: tokens of prefill a step.
         rate: requests/s that end then.
     """
 
     hosted: int
-    chunk: int
     rate: float
 
 
@@ -64,37 +58,30 @@ class RelayTarget:
         return self._known[load, most]
 
     def _best(self, load: Load, most: int) -> Goal | None:
-        alone = self.rate(load, 0, load.budget)
-        best = Goal(0, load.budget, alone)
-        chunk = load.budget
-        while chunk >= min(_LEAST_CHUNK, load.budget):
-            for hosted in _counts(most):
-                rate = self.rate(load, hosted, chunk)
-                if rate > best.rate:
-                    best = Goal(hosted, chunk, rate)
-            chunk //= 2
+        alone = self.rate(load, 0)
+        best = max([Goal(n, self.rate(load, n)) for n in _counts(most)], key=lambda goal: goal.rate)
         pipelined = max([self.pipeline.rate(load, n) for n in _counts(min(most, load.most))], default=0.0)
         return best if best.rate > max(_WORTH * alone, pipelined) else None
 
-    def rate(self, load: Load, hosted: int, chunk: int) -> float:
+    def rate(self, load: Load, hosted: int) -> float:
         """Requests per second that end in a steady state with that many on the host.
 
-        For each that ends a prompt is computed, in steps that have ``chunk`` tokens of prefill; between them
-        are steps without.
+        For each that ends a prompt is computed, in steps that have as much prefill as the budget allows;
+        between them are steps of decodes alone.
         """
         times, stages = self.times, self.layers + 1
         tokens = load.resident + hosted / stages
-        with_chunk = min(1.0, tokens / load.output * load.prompt / chunk)
+        with_chunk = min(1.0, tokens / load.output * load.prompt / load.budget)
         served = self._host_seconds(load, hosted)
         seconds = 0.0
-        for share, prefill in ((with_chunk, chunk), (1.0 - with_chunk, 0)):
+        for share, prefill in ((with_chunk, load.budget), (1.0 - with_chunk, 0)):
             chunks = ((load.prompt // 2, prefill),) if prefill else ()
             rows = load.resident + -(-hosted // stages)
             layer = times.linear(rows + prefill)
             layer += times.gpu_attention(chunks, load.resident, load.resident * load.kv)
             alone = self.layers * layer + times.around(rows + prefill, rows, rows)
             seconds += share * max(alone, served)
-        made = tokens / load.output if with_chunk < 1.0 else chunk / load.prompt
+        made = tokens / load.output if with_chunk < 1.0 else load.budget / load.prompt
         return made / seconds
 
     def _host_seconds(self, load: Load, hosted: int) -> float:
@@ -108,7 +95,7 @@ class RelayTarget:
 
 def _rounded(count: int) -> int:
     """``count`` down to one of the numbers that are looked at anyway."""
-    return max([n for n in _counts(count)], default=0)
+    return max(_counts(count), default=0)
 
 
 def _counts(most: int) -> list[int]:
