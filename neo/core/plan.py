@@ -44,7 +44,7 @@ class PrefillChunk:
 class SubBatch:
     """Requests that go through the layers together.
 
-    ``relay_decode`` requests do not: each is at a layer of its own, and in every step goes on to the next one.
+    ``relay_decode`` requests do not: each is at a layer of its own, and every step takes it to the next one.
     With L layers a token takes L + 1 steps. The first embeds it and does layer 0's PRE; every further one
     takes up a layer behind its CPU attention, which ran beside this step's other layers, and does its POST
     and the next layer's PRE; the last one samples. The GPU reads its weights for them once, with everybody's.

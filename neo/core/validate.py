@@ -21,7 +21,7 @@ RULES: dict[str, str] = {
     "seq-budget": "requests of a step, relayed ones aside, stay within limits.max_seqs",
     "gpu-blocks": "GPU layer-blocks hold at the peak inside the step, moves in flight included",
     "cpu-blocks": "CPU layer-blocks hold at the peak inside the step; swap-ins free theirs at its end",
-    "relay": "relayed decodes run in a sequential step without other CPU decodes, all that are within a token "
+    "relay": "relayed decodes run in a sequential step without other CPU decodes, all within a token "
     "together, in at most limits.relay_rows rows; such a request has no other role and its KV stays",
     "staging": "KV on its way fits the staging buffers: those set aside, or the plan's ring",
     "moves": "a move concerns KV that exists, on the other tier; a layer moves once per request and step",

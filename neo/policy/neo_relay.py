@@ -1,7 +1,7 @@
 """A step of ``neo`` with relayed CPU decodes: one pass over the weights serves both tiers.
 
-Two sub-batches read the weights twice. Where a step is little but reading them, CPU decodes had better go with
-sub-batch 0, a layer a step (``SubBatch.relay_decode``): the CPU attends for all of them while the step runs.
+Two sub-batches read the weights twice. Where a step is little but reading them, CPU decodes had better go
+with sub-batch 0, a layer a step (``SubBatch.relay_decode``): the CPU attends for all of them while the step runs.
 The oldest of them take the room that becomes free on the GPU, as in any step of ``neo``, so nobody is
 overtaken: what the host does for a request is done when its turn comes.
 """
@@ -36,7 +36,7 @@ def _begin(draft: Draft, goal: Goal, within: list[Request]) -> list[Request]:
     """Who begins a token: the oldest, in every step as many, so that the layers have equal numbers."""
     view = draft.view
     rows = min(-(-goal.hosted // (draft.layers + 1)), view.limits.relay_rows)
-    found = []
+    found: list[Request] = []
     for r in draft.cpu_candidates:
         if len(found) >= rows or len(within) + len(found) >= goal.hosted:
             break

@@ -2,7 +2,7 @@
 
 Relayed decodes (``SubBatch.relay_decode``) have the CPU to themselves for a whole step: with N of them, each
 of L layers attends for N / (L + 1) requests, and N / (L + 1) tokens come out. More of them than the CPU can
-serve within a step make the GPU wait: the best N is what keeps it busy for as long as a step of decodes takes.
+serve within a step make the GPU wait: the best N keeps it busy for as long as a step of decodes takes.
 """
 
 from __future__ import annotations
