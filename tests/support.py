@@ -401,8 +401,12 @@ class Chaos:
     accounting is a bug of the core.
     """
 
-    def __init__(self, seed: int, staging_layers: int = 1, rejects: float = 0.0) -> None:
+    def __init__(
+        self, seed: int, staging_layers: int = 1, rejects: float = 0.0, relays: float = 0.3
+    ) -> None:
         self.random = Random(seed)
+        self.relays = relays
+        self.relaying = False
         self.staging_layers = staging_layers
         self.rejects = rejects
 
@@ -410,14 +414,19 @@ class Chaos:
         rnd = self.random
         people = list(view.requests.values())
         rnd.shuffle(people)
-        draft: dict[str, list[Any]] = {"p": [], "g": [], "c0": [], "c1": [], "s": [], "m": [], "e": []}
+        draft: dict[str, list[Any]] = {k: [] for k in ("p", "g", "c0", "c1", "s", "r", "m", "e")}
         best = StepPlan()
+        self.relaying = rnd.random() < self.relays
+        if within := [r for r in people if r.relay_layers]:  # they go on together, or none does
+            self.relaying = rnd.random() < 0.9
+            if self.relaying:
+                best = self._try(view, draft, [("r", r) for r in within], best)
         passive: list[list[tuple[str, Any]]] = []
         for r in people:
             if rnd.random() < 0.15:
                 continue
             action = self._role(view, r)
-            if not any(kind in ("p", "g", "c0", "c1", "s") for kind, _ in action):
+            if not any(kind in ("p", "g", "c0", "c1", "s", "r") for kind, _ in action):
                 passive.append(action)
             else:
                 best = self._try(view, draft, action, best)
@@ -444,10 +453,10 @@ class Chaos:
 
     def _build(self, draft: dict[str, list[Any]]) -> StepPlan:
         parts = {k: tuple(v) for k, v in draft.items()}
-        first = SubBatch(parts["p"], parts["g"], parts["c0"], parts["s"])
+        first = SubBatch(parts["p"], parts["g"], parts["c0"], parts["s"], parts["r"])
         second = SubBatch(cpu_decode=parts["c1"])
         if not second.sequences:
-            batches: tuple[SubBatch, ...] = (first,) if first.sequences else ()
+            batches: tuple[SubBatch, ...] = (first,) if first.sequences or parts["r"] else ()
         elif not first.sequences:
             batches = (second,)
         else:
@@ -470,6 +479,10 @@ class Chaos:
             most = min(r.remaining_prefill, view.limits.max_batch_tokens)
             length = most if rnd.random() < 0.5 else rnd.randint(1, most)
             return [*moves, ("p", PrefillChunk(r, r.computed, length, dst))]
+        if r.relay_layers:
+            return [("e", Evict(r))] if not self.relaying and rnd.random() < 0.1 else []
+        if self.relaying and r.tier is Tier.CPU and rnd.random() < 0.7:
+            return [("r", r)]
         roll = rnd.random()
         if roll < 0.08:
             return [("e", Evict(r, rnd.choice(list(EvictMode))))]

@@ -176,6 +176,7 @@ class BlockTables:
         self.gpu = TierBlocks(Tier.GPU, gpu_total, layers, slots, width)
         self.cpu = TierBlocks(Tier.CPU, cpu_total, layers, slots, width)
         self._slots: dict[str, int] = {}
+        self._lanes: dict[str, int] = {}
         self._free_slots = list(range(slots))[::-1]
         self._leaving: list[tuple[TierBlocks, Ints]] = []  # freed when the step has run
         self._behind: list[tuple[int, slice]] = []  # (slot, layers) whose GPU rows go when the step has run
@@ -183,6 +184,10 @@ class BlockTables:
     def slot(self, request_id: str) -> int:
         """The slot of a request that has one."""
         return self._slots[request_id]
+
+    def lane(self, request_id: str) -> int:
+        """The row among relayed decodes that a request within a relayed token has, in every layer."""
+        return self._lanes[request_id]
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -238,6 +243,9 @@ class BlockTables:
                 need = blocks_for(c.start + c.length, self.block_size)
                 self._tier(c.dst).grow(self._slot_of(c.request, need), need)
             for r in batch.decodes:
+                self._grow_decode(r)
+            for lane, r in enumerate([r for r in batch.relay_decode if not r.relay_layers]):
+                self._lanes[r.id] = lane  # who begins together stays together, so nobody else gets it
                 self._grow_decode(r)
         for m in plan.moves:
             if m.order is MoveOrder.AFTER:
@@ -304,6 +312,7 @@ class BlockTables:
         slot = self._slots.pop(request_id, None)
         if slot is None:
             return
+        self._lanes.pop(request_id, None)
         self.gpu.drop(slot)
         self.cpu.drop(slot)
         self._free_slots.append(slot)

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from neo.core.graph import OpKind, Resource, StepGraph
+from neo.core.graph import RELAY, OpKind, Resource, StepGraph
 from neo.core.plan import StepPlan
 from neo.core.record import Slice
 from neo.runtime.backend import Backend, KVMemory, Ticket, Worker
 from neo.runtime.block_tables import BlockTables, Copies, Ints
+from neo.runtime.cpu_relay import Relay
 from neo.runtime.executor import FAULTS, Sample, StepTimes
 from neo.runtime.model import Model
 from neo.runtime.program import Issued, fault, program, wait_for
@@ -90,6 +91,7 @@ class CpuExecutor:
             "kv_bytes": {"gpu": self.gpu.nbytes, "cpu": self.cpu.nbytes},
         }
         self._workers: dict[Resource, Worker] = {}
+        self._relay = Relay(model)
         self._ran = 0
         self._handlers: dict[OpKind, Callable[[int, int], None]] = {
             OpKind.EMBED: self._embed,
@@ -158,6 +160,7 @@ class CpuExecutor:
         clock = time.perf_counter
         latest: dict[tuple[OpKind, int], list[Ticket]] = {}
         begin = clock()
+        relayed = self._relayed_attention()
         for repeat, first_layer, steps in program(graph.template):
             for layer_of_section in range(first_layer, first_layer + repeat):
                 for step in steps:
@@ -178,13 +181,35 @@ class CpuExecutor:
                             seconds[work] += end - start
                             if slices is not None:
                                 slices.append(Slice(self._ran, resource, kind, shown, batch, start, end))
-                        elif (job := self._jobs[kind](batch, layer)) is not None:
-                            ticket = self._worker(resource).submit(job, after)
+                        else:
+                            if batch == RELAY:
+                                ticket = relayed.get(layer)
+                            else:
+                                job = self._jobs[kind](batch, layer)
+                                ticket = None if job is None else self._worker(resource).submit(job, after)
+                            if ticket is None:
+                                continue
                             latest.setdefault((kind, batch), []).append(ticket)
                             issued.append((step, shown, ticket))
                     except FAULTS as error:
                         raise fault(step, shown, error) from error
         return begin
+
+    def _relayed_attention(self) -> dict[int, Ticket]:
+        """CPU attention of relayed decodes, by layer: it waits for nothing of this step."""
+        found: dict[int, Ticket] = {}
+        rows = self._inputs.batches[0].relay
+        if rows is None:
+            return found
+        self._relay.begin(rows)
+        for layer in range(self.model.config.layers):
+            if (what := self._relay.attention(layer)) is not None:
+                k, v, q, out, slots, lengths = what
+                table = self.tables.cpu.tables[layer]
+                where = (table, slots, lengths - np.int32(1), lengths)
+                job = self.backend.attention_job(self.cpu, k, v, q, out, *where)
+                found[layer] = self._worker(Resource.CPU).submit(job)
+        return found
 
     def _worker(self, resource: Resource) -> Worker:
         worker = self._workers.get(resource)
@@ -232,6 +257,8 @@ class CpuExecutor:
         self._out = [torch.empty((len(b.tokens), *heads), dtype=model.dtype) for b in batches]
 
     def _pre(self, batch: int, layer: int) -> None:
+        if self._inputs.batches[batch].relay is not None:
+            self._relay.turn(layer, self._ropes[batch])
         q, k, v = self.model.pre(layer, self._hidden[batch], self._ropes[batch])
         self._qkv[batch] = (q, k, v)
         inputs = self._inputs.batches[batch]
@@ -253,6 +280,8 @@ class CpuExecutor:
                 self._append(Append(s.row + i, s.slots[one], s.positions[one]), layer, k, v)
 
     def _post(self, batch: int, layer: int) -> None:
+        if self._inputs.batches[batch].relay is not None:
+            self._relay.exchange(layer, self._hidden[batch], self._qkv[batch], self._out[batch])
         self._hidden[batch] = self.model.post(layer, self._hidden[batch], self._out[batch])
 
     def _head(self, _batch: int, _layer: int) -> None:

@@ -279,9 +279,10 @@ class Engine:
             return False
         # A slot that is given up may be written again, which a CPU attention that still runs would read.
         given_up = plan.evict or self.scheduler.ended or self.scheduler.leaving
-        if given_up and any(b.cpu_decode for b in before.batches):
+        if given_up and any(b.cpu_decode or b.relay_decode for b in before.batches):
             return False
-        members = [r for b in plan.batches for r in (*b.decodes, *[c.request for c in b.prefill])]
+        members = [r for b in plan.batches for r in (*b.decodes, *b.relay_decode)]
+        members += [c.request for b in plan.batches for c in b.prefill]
         return all(self._live[r.id].state.plain for r in members)
 
     def _finish(self, running: _Running, times: StepTimes) -> list[Output]:

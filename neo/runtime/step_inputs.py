@@ -1,9 +1,10 @@
 """What a step computes on, as arrays: tokens, positions, slots and lengths of a plan's rows.
 
 Rows of a sub-batch stand in this order, so that each role is one run of rows: chunks whose KV stays on the
-GPU, GPU decodes, streamed decodes, chunks bound for the CPU, CPU decodes. Requests that are swapped in during
-the step come last among the GPU decodes, and their chunks behind them: a block that is still on its way would
-overwrite what PRE wrote into it, so their new KV is appended *late*, when attention has waited for the copy.
+GPU, GPU decodes, streamed decodes, chunks bound for the CPU, CPU decodes, relayed decodes. Requests that are
+swapped in during the step come last among the GPU decodes, and their chunks behind them: a block that is still
+on its way would overwrite what PRE wrote into it, so their new KV is appended *late*, when attention has
+waited for the copy.
 """
 
 from __future__ import annotations
@@ -107,6 +108,38 @@ class Staged:
     host_layers: tuple[int, ...]
 
 
+NOBODY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class RelayRows:
+    """Relayed decodes: in each layer others, in the rows ``row .. row + lanes``.
+
+    Attributes:
+        row: the first.
+        slots: int32 [layers + 1, lanes], by layers that a request has behind it; NOBODY where there is none.
+        lengths: likewise, KV tokens with the new one; 1 where there is nobody.
+    """
+
+    row: int
+    slots: Ints
+    lengths: Ints
+
+    @property
+    def lanes(self) -> int:
+        """Rows in each layer."""
+        return int(self.slots.shape[1])
+
+    @property
+    def rows(self) -> slice:
+        """Their rows in the sub-batch."""
+        return slice(self.row, self.row + self.lanes)
+
+    def coming(self, layer: int) -> Ints:
+        """Lanes whose attention of a layer runs on the CPU in this step."""
+        return np.nonzero(self.slots[layer + 1] != NOBODY)[0].astype(np.int32)
+
+
 @dataclass(frozen=True, slots=True)
 class BatchInputs:
     """One sub-batch."""
@@ -122,6 +155,7 @@ class BatchInputs:
     late_streams: frozenset[int]  # which of ``stream`` append late
     spill: Append  # to the CPU's cache, by SWAP_OUT
     sampled: tuple[int, ...]  # rows that yield a token
+    relay: RelayRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +212,10 @@ class _Builder:
         leaving = len(tokens)
         spilled = [self.chunk(c, tokens, sampled) for c in batch.prefill if c.dst is Tier.CPU]
         cpu = self.decodes(batch.cpu_decode, tokens, sampled)
+        relay = self.relayed(batch.relay_decode, tokens, sampled) if batch.relay_decode else None
         runs = [_positions(chunks), gpu.positions, _positions(last), stream.positions, _positions(spilled)]
-        positions = np.concatenate([*runs, cpu.positions]).astype(np.int64)
+        runs += [cpu.positions, _NOTHING if relay is None else relay.lengths[0] - 1]
+        positions = np.concatenate(runs).astype(np.int64)
         slots = np.concatenate([_slots(chunks), gpu.slots, _slots(last)])
         early = stream.row - sum([c.length for c in last]) - sum([r.id in late for r in batch.gpu_decode])
         return BatchInputs(
@@ -194,6 +230,7 @@ class _Builder:
             frozenset([i for i, r in enumerate(batch.stream_decode) if r.id in late]),
             _append(leaving, _slots(spilled), positions),
             tuple(sampled),
+            relay,
         )
 
     def chunk(self, chunk: PrefillChunk, tokens: list[int], sampled: list[int]) -> ChunkRows:
@@ -218,14 +255,39 @@ class _Builder:
     def decodes(self, requests: Sequence[Request], tokens: list[int], sampled: list[int]) -> DecodeRows:
         row = len(tokens)
         found = [self.tables.slot(r.id) for r in requests]
-        for r, slot in zip(requests, found, strict=True):
-            known = self.known[r.id].tokens
-            at = r.computed - r.prompt_tokens
-            tokens.append(known[at] if at < len(known) else pending_token(slot))
+        tokens.extend([self.token(r, slot) for r, slot in zip(requests, found, strict=True)])
         sampled.extend(range(row, len(tokens)))
         self.sampled.extend([r.id for r in requests])
         slots = np.array(found, dtype=np.int32)
         return DecodeRows(row, slots, np.array([r.computed + 1 for r in requests], dtype=np.int32))
+
+    def token(self, request: Request, slot: int) -> int:
+        """The token that a decode begins with."""
+        known = self.known[request.id].tokens
+        at = request.computed - request.prompt_tokens
+        return known[at] if at < len(known) else pending_token(slot)
+
+    def relayed(self, requests: Sequence[Request], tokens: list[int], sampled: list[int]) -> RelayRows:
+        """Rows of those that begin a token, and who stands in them in the layers behind."""
+        row, layers = len(tokens), self.tables.layers
+        lanes = [self.tables.lane(r.id) for r in requests]
+        slots = np.full((layers + 1, max(lanes) + 1), NOBODY, dtype=np.int32)
+        lengths = np.ones_like(slots)
+        mine = [0] * slots.shape[1]
+        ending = []
+        for r, lane in zip(requests, lanes, strict=True):
+            slot = self.tables.slot(r.id)
+            slots[r.relay_layers, lane] = slot
+            lengths[r.relay_layers, lane] = r.computed + 1
+            if r.relay_layers == 0:
+                mine[lane] = self.token(r, slot)
+            elif r.relay_layers == layers:
+                ending.append((row + lane, r.id))
+        tokens.extend(mine)
+        for at, request_id in sorted(ending):
+            sampled.append(at)
+            self.sampled.append(request_id)
+        return RelayRows(row, slots, lengths)
 
 
 def _positions(chunks: Sequence[ChunkRows]) -> Ints:

@@ -60,6 +60,16 @@ def test_any_plan_that_keeps_the_rules_generates_the_same(reference: Reference, 
     serve(reference, engine, seed, abort=0.03)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_relayed_decodes_generate_the_same(reference: Reference, seed: int) -> None:
+    """A token takes a step more than there are layers, beside whatever else the steps do."""
+    record = RunRecord()
+    policy = ToFinish(seed, relays=0.9)
+    engine = make_engine(reference.model, policy, gpu=16, cpu=60, ahead=seed % 2 == 1, record=record)
+    serve(reference, engine, seed, abort=0.03)
+    assert list(record.columns.mode).count(Mode.RELAYED) > 50
+
+
 @pytest.fixture
 def torch_backend() -> Iterator[None]:
     made = backend("torch")
