@@ -195,7 +195,7 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, out: Tens
 
 
 def scale_of(hidden: Tensor, eps: float) -> c.Scale:
-    """The scale that a norm gives each of the rows ``hidden`` [rows, width], contiguous; they must stay alive."""
+    """The scales that a norm gives the rows of ``hidden`` [rows, width], contiguous; it must stay alive."""
     if hidden.ndim != 2 or not hidden.is_contiguous():
         raise ValueError(f"hidden is {tuple(hidden.shape)}, must be contiguous [rows, width]")
     return c.Scale(hidden.data_ptr(), hidden.shape[1], eps)
@@ -204,7 +204,7 @@ def scale_of(hidden: Tensor, eps: float) -> c.Scale:
 def silu_mul(gate_up: Tensor, out: Tensor) -> Launch:
     """``out [rows, width] = silu(gate_up[:, :width]) * gate_up[:, width:]``; contiguous.
 
-    ``args.scale`` may be set to what ``gate_up`` is multiplied by first (`scale_of`); so with `qkv_rope_append`.
+    ``args.scale``, 1 at first, multiplies rows of ``gate_up`` (`scale_of`); likewise in `qkv_rope_append`.
     """
     rows, width = out.shape
     if gate_up.shape != (rows, 2 * width) or gate_up.dtype != out.dtype:

@@ -65,7 +65,7 @@ class Choice:
 
 
 class Size(NamedTuple):
-    """What a plan is made for: rows x in by out x in, the type, whether a bias is added, and to what was there."""
+    """What a plan is made for: rows x in by out x in, the type, whether there is a bias, whether it adds."""
 
     rows: int
     out: int
@@ -237,6 +237,12 @@ class Products:
         for size, _ in self._sizes(rows):
             if size not in self._plans:
                 self._between(size)
+
+    def forget(self) -> None:
+        """Tune anew what is asked for from now on. Not while captured steps that took plans may run again."""
+        self._plans.clear()
+        self._tuned.clear()
+        self.choices.clear()
 
     def _sizes(self, rows: int) -> list[tuple[Size, Family]]:
         """Of every family's product; as padded, a step may have rows on either side of ``most_added``."""

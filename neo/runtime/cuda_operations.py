@@ -354,7 +354,7 @@ class Operations:
         """Of every row, nobody's too."""
         return self._logits_of([rows.ended() for rows, _ in zip(self.rows, self._layouts, strict=False)])
 
-    def _logits_of(self, hidden: Sequence[Tensor]) -> Tensor:
+    def _logits_of(self, hidden: list[Tensor]) -> Tensor:
         return self.model.logits(torch.cat(hidden) if len(hidden) > 1 else hidden[0], self.tuned.head.linear)
 
 

@@ -232,14 +232,14 @@ class Rows:
         self._late()
 
     def _settled(self, first: bool) -> bool:
-        """Whether what kernels read ahead of their wait (inputs, angles, plan, older KV) has been written then.
+        """Whether what kernels read ahead of their wait (inputs, angles, plan, older KV) is there by then.
 
-        A product of cuBLAS's may let the next kernel begin before it has waited itself, so that a kernel behind
-        products may begin while the one ahead of them runs. Of ours, a norm and SiLU let none begin before
-        they have waited for all ahead of them; rotation and append lets attention begin at once. At most two
-        products follow each other (down, and qkv of the next layer), so when rotation or attention begins, all
-        ahead of the last norm or SiLU has ended. Only in the first layer without norm is there neither between
-        the kernels that write inputs, angles and plan and those that read them.
+        A product of cuBLAS's may let the next kernel begin before it has waited itself, so that a kernel
+        behind products may begin while the one ahead of them runs. Of ours, a norm and SiLU let none begin
+        before they have waited for all ahead of them; rotation and append lets attention begin at once. At
+        most two products follow each other (down, and qkv of the next layer), so when rotation or attention
+        begins, all ahead of the last norm or SiLU has ended. Only in the first layer without norm is there
+        neither between the kernels that write inputs, angles and plan and those that read them.
         """
         return not (self._folded and first)
 
@@ -274,7 +274,7 @@ class Rows:
         self._product(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
 
     def ended(self, index: Tensor | None = None) -> Tensor:
-        """Hidden states [rows, hidden] behind the last layer, of these rows (None: of all); not to be changed."""
+        """Hidden states behind the last layer, of these rows (None: all); not to be changed."""
         n = self.at.rows
         hidden, delta = self.hidden[:n], self.delta[:n]
         if index is not None:

@@ -38,9 +38,7 @@ class FakePlan:
     refuses: frozenset[int] = frozenset()
     none_here = False
 
-    def __init__(
-        self, size: Size, workspace: Tensor, like: FakePlan | None = None, search: int = 1
-    ) -> None:
+    def __init__(self, size: Size, workspace: Tensor, like: FakePlan | None = None, search: int = 1) -> None:
         if self.none_here or (like is not None and size.rows in self.refuses):
             raise c.CudaKernelError("no cuBLASLt")
         self.size, self.like, self.calls, self.weights = size, like, 0, 0
