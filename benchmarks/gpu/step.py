@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from neo.core.view import Limits
+from neo.runtime.cuda_linear import Choice, Size, padded_rows
 from neo.runtime.engine_config import EngineConfig
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.setup import EngineParts
@@ -59,6 +60,12 @@ def kernels_of(found: Any) -> str:
     return "\n".join(f"{e.self_device_time_total:10.0f} us {e.count:6d}  {e.key[:90]}" for e in rows)
 
 
+def choices_of(executor: Any, rows: int) -> list[tuple[Size, Choice]]:
+    """What products of so many rows were tuned to."""
+    both = [*executor._tuned.layers.choices.items(), *executor._tuned.head.choices.items()]
+    return [(size, choice) for size, choice in both if size.rows == padded_rows(rows)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llama-3.1-8b")
@@ -69,6 +76,9 @@ def main() -> None:
     parser.add_argument("--policy", default="gpu-only")
     parser.add_argument(
         "--tuned", action=argparse.BooleanOptionalAction, default=True, help="matrix products"
+    )
+    parser.add_argument(
+        "--search", type=int, default=1, choices=(0, 1, 2), help="for products, see neo_cuda.h"
     )
     parser.add_argument("--profile", action="store_true", help="kernels of ten steps, by torch's profiler")
     parser.add_argument("--out", type=Path)
@@ -97,6 +107,14 @@ def main() -> None:
     for i in range(args.sequences):
         prompt = [(7 * i + j) % 1000 + 3 for j in range(args.tokens)]
         engine.add(str(i), prompt, SamplingParams(args.steps + 20, 0.0, ignore_eos=True))
+    began = time.perf_counter()
+    if args.search != 1:  # once more, for the rows of these steps
+        for products in (executor._tuned.layers, executor._tuned.head):
+            products.search = args.search
+            products.forget()
+            with torch.inference_mode():
+                products.prepare(args.sequences)
+    searched = time.perf_counter() - began
     while len(engine.scheduler.view.gpu_decodes) < args.sequences:
         engine.step()
     for _ in range(5):
@@ -133,6 +151,14 @@ def main() -> None:
     result["floor"] = 1e6 * floor
     for name, value in result.items():
         print(f"{name:30} {value:9.0f} us")
+    for size, choice in choices_of(executor, args.sequences):
+        print(
+            f"  {size.out} x {size.in_}{' added' if size.add else ''}: {choice.seconds * 1e6:.1f} us "
+            f"(first {choice.first_seconds * 1e6:.1f}), {choice.chosen} of {choice.candidates}, "
+            f"tile {choice.tile} stages {choice.stages} splits {choice.splits} cluster {choice.cluster}"
+        )
+    if args.search != 1:
+        print(f"  searched for {searched:.1f} s")
     print(f"read bandwidth {rate / 1e9:.0f} GB/s; step / floor {result['step'] / result['floor']:.2f}")
     if args.profile and graphs:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:

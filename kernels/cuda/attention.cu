@@ -217,6 +217,7 @@ neo_cuda_status describe(const neo_cuda_decode &args, const Geometry &geometry, 
     attention.stages = geometry.stages;
     attention.scale_log2 = static_cast<float>(args.scale * LOG2_E);
     attention.early = args.early;
+    attention.release = release_wanted() ? 1 : 0;
     return NEO_CUDA_OK;
 }
 

@@ -51,6 +51,7 @@ struct Attention {
     int32_t workers, stages;
     float scale_log2; // scale * log2(e)
     int32_t early;    // see neo_cuda_decode
+    int32_t release;  // whether the next kernel may begin while this one runs, as far as its own wait
 };
 
 // Bytes of shared memory: a row of V, padded unless it is whole lines of 128 bytes, and one tile of one warp.

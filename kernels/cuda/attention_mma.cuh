@@ -39,6 +39,8 @@ __global__ void __launch_bounds__(WARPS_OF_CTA * 32, CTAS_BY_REGISTERS<D, N>)
     const int run = args.plan.run[0], total = args.plan.run[1];
     if (start.length <= 0) {
         await_previous();
+        if (args.release != 0)
+            release_next();
         clear_empty<T, D>(args, worker, lane);
         return;
     }
@@ -71,6 +73,8 @@ __global__ void __launch_bounds__(WARPS_OF_CTA * 32, CTAS_BY_REGISTERS<D, N>)
         load();
     }
     await_previous();
+    if (args.release != 0)
+        release_next();
     clear_empty<T, D>(args, worker, lane);
 
     const Finish<T, D, N> finish{args, worker, lane};

@@ -11,11 +11,13 @@ constexpr int DEVICES = 64;
 std::array<neo::Device, DEVICES> known;
 std::array<std::atomic<bool>, DEVICES> ready;
 
+bool unless_zero(const char *variable) noexcept {
+    const char *const said = std::getenv(variable);
+    return said == nullptr || std::strcmp(said, "0") != 0;
+}
+
 std::atomic<bool> &overlap() noexcept {
-    static std::atomic<bool> on{[] {
-        const char *const said = std::getenv("NEO_CUDA_PDL");
-        return said == nullptr || std::strcmp(said, "0") != 0;
-    }()};
+    static std::atomic<bool> on{unless_zero("NEO_CUDA_PDL")};
     return on;
 }
 
@@ -62,6 +64,11 @@ neo_cuda_status neo::current_device(Device &device) noexcept {
 }
 
 bool neo::overlap_wanted() noexcept { return overlap().load(std::memory_order_relaxed); }
+
+bool neo::release_wanted() noexcept {
+    static const bool on = unless_zero("NEO_CUDA_RELEASE");
+    return on;
+}
 
 extern "C" int32_t neo_cuda_overlap(int32_t on) {
     return on < 0 ? overlap().load() : overlap().exchange(on != 0);

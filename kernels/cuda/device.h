@@ -18,5 +18,7 @@ neo_cuda_status current_device(Device &device) noexcept;
 
 // Whether kernels may begin before the one ahead on their stream has ended: see neo_cuda_overlap.
 bool overlap_wanted() noexcept;
+// Whether kernels let the next one begin as soon as they have waited themselves, where it is a matrix product.
+bool release_wanted() noexcept;
 
 } // namespace neo

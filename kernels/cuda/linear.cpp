@@ -36,8 +36,8 @@ neo_cuda_status check(const neo_cuda_linear_shape *shape) noexcept {
     if (const neo_cuda_linear_plan *like = shape->like) {
         const neo_cuda_linear_shape &other = like->shape;
         NEO_NEED(other.in == shape->in && other.out == shape->out && other.dtype == shape->dtype &&
-                     (other.bias != 0) == (shape->bias != 0),
-                 "like: its plan is of %d x %d, this one of %d x %d, or types or bias differ", other.out, other.in,
+                     (other.bias != 0) == (shape->bias != 0) && (other.add != 0) == (shape->add != 0),
+                 "like: its plan is of %d x %d, this one of %d x %d, or types, bias or add differ", other.out, other.in,
                  shape->out, shape->in);
     }
     return NEO_CUDA_OK;
@@ -153,13 +153,14 @@ bool neo::add(neo_cuda_linear_plan &plan, const lt::Algorithm &algorithm) {
 
 int neo::launch(neo_cuda_linear_plan &plan, const Candidate &candidate, const Product &product,
                 cudaStream_t stream) noexcept {
-    constexpr float one = 1.f, zero = 0.f;
+    constexpr float one = 1.f;
+    const float before = plan.shape.add != 0 ? 1.f : 0.f;
     const lt::Library &library = *plan.library;
     if (plan.shape.bias != 0)
         if (const int status =
                 library.operation_set(plan.operation, lt::BIAS_POINTER, &product.bias, sizeof product.bias))
             return status;
-    return library.matmul(plan.handle, plan.operation, &one, product.weight, plan.weight, product.x, plan.x, &zero,
+    return library.matmul(plan.handle, plan.operation, &one, product.weight, plan.weight, product.x, plan.x, &before,
                           product.out, plan.out, product.out, plan.out, &candidate.algorithm, product.workspace,
                           candidate.workspace, stream);
 }

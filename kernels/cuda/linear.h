@@ -39,7 +39,7 @@ struct Product {
     void *out, *workspace;
 };
 
-// cuBLASLt's status.
+// cuBLASLt's status. Where the plan adds, out is read as C and written as D, which cuBLASLt allows in place.
 int launch(neo_cuda_linear_plan &plan, const Candidate &candidate, const Product &product, cudaStream_t stream) noexcept;
 // Adds an algorithm unless it is there already, does not do or needs too much workspace; whether it was added.
 bool add(neo_cuda_linear_plan &plan, const lt::Algorithm &algorithm);

@@ -32,7 +32,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define NEO_CUDA_ABI 4
+#define NEO_CUDA_ABI 5
 
 typedef enum neo_cuda_status {
     NEO_CUDA_OK = 0,
@@ -148,7 +148,21 @@ typedef struct neo_cuda_norm {
 
 neo_cuda_status neo_cuda_add_rms_norm(const neo_cuda_norm *args, void *stream);
 
-/* out[r][i] = silu(gate_up[r][i]) * gate_up[r][width + i]; rows contiguous, aligned to 16 bytes, width a multiple of 8. */
+/*
+ * The scale that a norm gives a row, for a product that was taken of the row as it was: with the norm's weight multiplied
+ * into the columns of W, norm(hidden) W^T = scale * (hidden W^T), scale = 1 / sqrt(mean(hidden^2) + eps). Who reads the
+ * product next multiplies by it, and no kernel for the norm stands between two products.
+ */
+typedef struct neo_cuda_scale {
+    const void *hidden; /* NULL: 1; [rows][width], contiguous, aligned to 16 bytes */
+    int32_t width;      /* a multiple of 8 */
+    float eps;
+} neo_cuda_scale;
+
+/*
+ * out[r][i] = silu(s gate_up[r][i]) * s gate_up[r][width + i], s the row's scale; rows contiguous, aligned to 16 bytes,
+ * width a multiple of 8.
+ */
 typedef struct neo_cuda_silu {
     size_t size;
     const void *gate_up; /* [rows][2 * width] */
@@ -156,6 +170,7 @@ typedef struct neo_cuda_silu {
     int32_t rows;
     int32_t width;
     int32_t dtype;
+    neo_cuda_scale scale;
 } neo_cuda_silu;
 
 neo_cuda_status neo_cuda_silu_mul(const neo_cuda_silu *args, void *stream);
@@ -178,8 +193,8 @@ typedef struct neo_cuda_angles {
 neo_cuda_status neo_cuda_rope_angles(const neo_cuda_angles *args, void *stream);
 
 /*
- * What becomes of a row of the fused projection [q heads | k heads | v heads]: bias is added, each q and k head is
- * normalised (RMS, times its weight), q and k are rotated:
+ * What becomes of a row of the fused projection [q heads | k heads | v heads]: it is scaled, bias is added, each q and k
+ * head is normalised (RMS, times its weight), q and k are rotated:
  *     x[d] = x[d] * cos[row][d] + x[(d + head_dim / 2) % head_dim] * sin[row][d]
  * (sin negated in its first half). All in fp32, rounded once. q goes to q_out, k and v to k_out and v_out (where they
  * are not NULL), and rows whose slot is not negative are appended to the cache as token positions[row] of that slot.
@@ -205,6 +220,7 @@ typedef struct neo_cuda_qkv {
     float eps; /* of the norms */
     /* Not 0: tables, slots, positions, cos, sin were there before the kernel ahead on the stream began. */
     int32_t early;
+    neo_cuda_scale scale; /* of each row, before all else */
 } neo_cuda_qkv;
 
 neo_cuda_status neo_cuda_qkv_rope_append(const neo_cuda_qkv *args, void *stream);
@@ -212,7 +228,7 @@ neo_cuda_status neo_cuda_qkv_rope_append(const neo_cuda_qkv *args, void *stream)
 /* ---- matrix products ---- */
 
 /*
- * out = x weight^T (+ bias), x [rows][in], weight [out][in], out [rows][out], all FP16 or all BF16, sums in fp32: a
+ * out = x weight^T (+ bias) (+ out), x [rows][in], weight [out][in], out [rows][out], all FP16 or all BF16, sums in fp32: a
  * kernel of cuBLASLt's, but one that was timed here. Its own choice goes by rules, which leave bandwidth unused where
  * there are few rows. cuBLASLt is not linked: it is the one that the process has loaded, or found by its name. Where
  * there is none, functions that need it return NEO_CUDA_UNSUPPORTED.
@@ -235,6 +251,7 @@ typedef struct neo_cuda_linear_shape {
     int32_t out; /* a multiple of 8 */
     int32_t dtype;
     int32_t bias;   /* whether one is added */
+    int32_t add;    /* whether the product is added to what is in out, in fp32 and rounded once */
     int32_t search; /* 0: what cuBLASLt proposes; 1: also split along `in`; 2: also other tiles and stages (seconds) */
 } neo_cuda_linear_shape;
 
@@ -277,7 +294,7 @@ typedef struct neo_cuda_linear_args {
     const void *x;
     const void *weight;
     const void *bias; /* NULL unless the plan has one */
-    void *out;        /* may not overlap the others */
+    void *out;        /* may not overlap the others; read, too, where the plan adds */
     void *workspace;
     size_t workspace_bytes; /* as many as the plan's */
 } neo_cuda_linear_args;

@@ -66,4 +66,14 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
+// Sum over the block of whole warps; `sums` has a place for each. All threads call it.
+__device__ __forceinline__ float block_sum(float x, float *sums) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    x = warp_sum(x);
+    if (lane == 0)
+        sums[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < warps ? sums[lane] : 0.f);
+}
+
 } // namespace neo

@@ -10,7 +10,6 @@ namespace {
 
 using namespace neo;
 
-constexpr int WARPS = 8;
 constexpr int FEW_CTAS = 6; // on a multiprocessor: half of its registers are left for attention
 
 template <class T, int V> struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Some {
@@ -57,20 +56,20 @@ template <class T, int V, int HALF> struct Elements {
     }
 };
 
-// Bias, norm and, unless it is a head of v, rotation in fp32; rounded once.
+// Scale, bias, norm and, unless it is a head of v, rotation in fp32; rounded once.
 template <class T, int V, int HALF>
 __device__ __forceinline__ void transform(Elements<T, V, HALF> &head, const T *bias, const T *norm, bool is_v,
                                           const Elements<T, V, HALF> &cos, const Elements<T, V, HALF> &sin, float eps,
-                                          int half, int lane) {
+                                          float by, int half, int lane) {
     float x[Elements<T, V, HALF>::PIECES][2][V] = {}; // zeros where the head ends
     head.change(half, lane, [&](int i, int h, int j, int d) {
-        x[i][h][j] = to_float(head.at[i][h].at[j]) + (bias != nullptr ? to_float(bias[d]) : 0.f);
+        x[i][h][j] = to_float(head.at[i][h].at[j]) * by + (bias != nullptr ? to_float(bias[d]) : 0.f);
     });
     if (norm != nullptr) {
         float square = 0.f;
         head.change(half, lane, [&](int i, int h, int j, int) { square += x[i][h][j] * x[i][h][j]; });
-        const float by = rsqrtf(warp_sum(square) / static_cast<float>(2 * half) + eps);
-        head.change(half, lane, [&](int i, int h, int j, int d) { x[i][h][j] *= by * to_float(norm[d]); });
+        const float unit = rsqrtf(warp_sum(square) / static_cast<float>(2 * half) + eps);
+        head.change(half, lane, [&](int i, int h, int j, int d) { x[i][h][j] *= unit * to_float(norm[d]); });
     }
     head.change(half, lane, [&](int i, int h, int j, int) {
         const float turned = x[i][h][j] * to_float(cos.at[i][h].at[j]) + x[i][1 - h][j] * to_float(sin.at[i][h].at[j]);
@@ -79,12 +78,13 @@ __device__ __forceinline__ void transform(Elements<T, V, HALF> &head, const T *b
 }
 
 template <class T, int V, int HALF>
-__global__ void __launch_bounds__(WARPS * 32, HALF <= 64 ? FEW_CTAS : 2) rope_append(const __grid_constant__ Qkv<T> args) {
+__global__ void __launch_bounds__(ROPE_WARPS * 32, HALF <= 64 ? FEW_CTAS : 2) rope_append(const __grid_constant__ Qkv<T> args) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int head = blockIdx.y * WARPS + warp;
+    const int head = blockIdx.y * ROPE_WARPS + warp;
     const int64_t row = blockIdx.x;
     const int D = args.head_dim, half = D / 2, q_heads = args.q_heads;
     const bool there = head < q_heads + 2 * args.kv_heads;
+    __shared__ float sums[ROPE_WARPS];
 
     release_next();
     if (args.early == 0)
@@ -98,13 +98,15 @@ __global__ void __launch_bounds__(WARPS * 32, HALF <= 64 ? FEW_CTAS : 2) rope_ap
     if (head >= q_heads)
         target = target_of(args, static_cast<int>(row));
     await_previous();
+    if (there)
+        of.load(args.qkv + row * args.qkv_stride + head * D, half, lane);
+    const float by = args.scale.of(row, sums);
     if (!there)
         return;
-    of.load(args.qkv + row * args.qkv_stride + head * D, half, lane);
     const bool is_q = head < q_heads, is_v = head >= q_heads + args.kv_heads;
     const int kv_head = head - q_heads - (is_v ? args.kv_heads : 0);
     transform(of, args.bias == nullptr ? nullptr : args.bias + head * D, is_v ? nullptr : is_q ? args.q_norm : args.k_norm,
-              is_v, cos, sin, args.eps, half, lane);
+              is_v, cos, sin, args.eps, by, half, lane);
     T *const out = is_q ? args.q_out : is_v ? args.v_out : args.k_out;
     if (out != nullptr)
         of.store(out + (is_q ? row * args.q_stride + head * D : row * args.kv_stride + kv_head * D), half, lane);
@@ -129,7 +131,7 @@ bool in_groups(const neo_cuda_qkv &args, int group, size_t element) noexcept {
 // Whether v, to which nothing is done, is wanted where it lies already.
 bool v_stays(const neo_cuda_qkv &args, size_t element) noexcept {
     const int64_t before = static_cast<int64_t>(args.q_heads + args.cache->kv_heads) * args.cache->head_dim;
-    return args.bias == nullptr && args.kv_stride == args.qkv_stride &&
+    return args.bias == nullptr && args.scale.hidden == nullptr && args.kv_stride == args.qkv_stride &&
            args.v_out == static_cast<const char *>(args.qkv) + before * static_cast<int64_t>(element);
 }
 
@@ -160,15 +162,16 @@ template <class T, int HALF> void launch_for(const neo_cuda_qkv &args, cudaStrea
                         cache.head_dim,
                         cache.block_size,
                         args.early,
-                        args.eps};
+                        args.eps,
+                        Scale<T, ROPE_WARPS * 32>(args.scale)};
     if constexpr (sizeof(T) == 2) // fp32 serves exact comparisons: a row's sums do not depend on the others there
-        if (args.rows >= MANY_ROWS && args.rows <= MOST_ROWS && in_groups(args, Vec<T>::N, sizeof(T))) {
+        if (args.scale.hidden == nullptr && args.rows >= MANY_ROWS && args.rows <= MOST_ROWS && in_groups(args, Vec<T>::N, sizeof(T))) {
             launch_many(kernel, stream);
             return;
         }
     const int heads = args.q_heads + 2 * cache.kv_heads;
     const auto one = in_groups(args, 2, sizeof(T)) ? rope_append<T, 2, HALF> : rope_append<T, 1, HALF>;
-    launch_overlapping(one, dim3(args.rows, (heads + WARPS - 1) / WARPS), WARPS * 32, 0, stream, kernel);
+    launch_overlapping(one, dim3(args.rows, (heads + ROPE_WARPS - 1) / ROPE_WARPS), ROPE_WARPS * 32, 0, stream, kernel);
 }
 
 template <class T> void launch(const neo_cuda_qkv &args, cudaStream_t stream) {
@@ -180,6 +183,7 @@ template <class T> void launch(const neo_cuda_qkv &args, cudaStream_t stream) {
 
 neo_cuda_status check(const neo_cuda_qkv &args) noexcept {
     NEO_TRY(neo::check(args.cache));
+    NEO_TRY(neo::check(args.scale));
     NEO_NEED(args.rows >= 0, "rows is %d, must not be negative", args.rows);
     NEO_NEED(args.q_heads > 0 && args.q_heads % args.cache->kv_heads == 0,
              "q_heads is %d, must be a positive multiple of kv_heads (%d)", args.q_heads, args.cache->kv_heads);

@@ -1,9 +1,11 @@
 // What both kernels of rotary embedding and append take, and where a row goes in the cache.
 #pragma once
 
-#include <ptx.cuh>
+#include "scale.cuh"
 
 namespace neo {
+
+constexpr int ROPE_WARPS = 8; // of a block that takes heads of one row
 
 template <class T> struct Qkv {
     T *cache;
@@ -13,6 +15,7 @@ template <class T> struct Qkv {
     const int32_t *tables, *slots, *positions;
     int32_t rows, q_heads, kv_heads, head_dim, block, early;
     float eps;
+    Scale<T, ROPE_WARPS * 32> scale;
 };
 
 // Where a row goes in the cache: its block there (-1: nowhere) and the place in it.

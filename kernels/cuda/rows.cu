@@ -3,6 +3,8 @@
 #include <ptx.cuh>
 
 #include "check.h"
+#include "device.h"
+#include "scale.cuh"
 
 namespace {
 
@@ -12,20 +14,10 @@ constexpr int NORM_CHUNKS = 4;    // of 16 bytes that a thread keeps of its row
 constexpr int NORM_THREADS = 1024; // at most
 constexpr int SILU_THREADS = 256;
 
-// Sum over the block; `sums` has a place for each warp.
-__device__ float block_sum(float x, float *sums) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    x = warp_sum(x);
-    if (lane == 0)
-        sums[warp] = x;
-    __syncthreads();
-    return warp_sum(lane < warps ? sums[lane] : 0.f);
-}
-
 // One block a row, which it keeps in registers between the two passes.
 template <class T>
 __global__ void __launch_bounds__(NORM_THREADS)
-    add_rms_norm(T *hidden, const T *delta, const T *weight, T *out, int width, float eps) {
+    add_rms_norm(T *hidden, const T *delta, const T *weight, T *out, int width, float eps, int release) {
     using V = Vec<T>;
     __shared__ float sums[32];
     const V *const weights = reinterpret_cast<const V *>(weight);
@@ -33,6 +25,8 @@ __global__ void __launch_bounds__(NORM_THREADS)
     if (static_cast<int>(threadIdx.x) < width / V::N)
         weight_first = weights[threadIdx.x];
     await_previous();
+    if (release != 0)
+        release_next();
     const int64_t first = static_cast<int64_t>(blockIdx.x) * width;
     const int chunks = width / V::N;
     V kept[NORM_CHUNKS];
@@ -75,19 +69,29 @@ template <class T> __device__ float exponential(float x) { return __expf(x); }
 template <> __device__ float exponential<float>(float x) { return expf(x); }
 
 template <class T>
-__global__ void __launch_bounds__(SILU_THREADS) silu_mul(const T *gate_up, T *out, int width) {
+__global__ void __launch_bounds__(SILU_THREADS)
+    silu_mul(const T *gate_up, T *out, int width, Scale<T, SILU_THREADS> scale, int release) {
     using V = Vec<T>;
+    __shared__ float sums[SILU_THREADS / 32];
     await_previous();
+    if (release != 0)
+        release_next();
     const int chunk = blockIdx.y * SILU_THREADS + threadIdx.x;
-    if (chunk >= width / V::N)
-        return;
+    const bool there = chunk < width / V::N;
     const T *row = gate_up + static_cast<int64_t>(blockIdx.x) * 2 * width;
-    const V gate = reinterpret_cast<const V *>(row)[chunk], up = reinterpret_cast<const V *>(row + width)[chunk];
+    V gate, up;
+    if (there) {
+        gate = reinterpret_cast<const V *>(row)[chunk];
+        up = reinterpret_cast<const V *>(row + width)[chunk];
+    }
+    const float by = scale.of(blockIdx.x, sums);
+    if (!there)
+        return;
     V y;
 #pragma unroll
     for (int j = 0; j < V::N; j++) {
-        const float x = to_float(gate.at[j]);
-        y.at[j] = from_float<T>(x / (1.f + exponential<T>(-x)) * to_float(up.at[j]));
+        const float x = to_float(gate.at[j]) * by;
+        y.at[j] = from_float<T>(x / (1.f + exponential<T>(-x)) * (to_float(up.at[j]) * by));
     }
     reinterpret_cast<V *>(out + static_cast<int64_t>(blockIdx.x) * width)[chunk] = y;
 }
@@ -105,14 +109,15 @@ template <class T> void launch(const neo_cuda_norm &args, cudaStream_t stream) {
     threads = threads > NORM_THREADS ? NORM_THREADS : threads;
     launch_overlapping(add_rms_norm<T>, args.rows, threads, 0, stream, static_cast<T *>(args.hidden),
                        static_cast<const T *>(args.delta), static_cast<const T *>(args.weight),
-                       static_cast<T *>(args.out), args.width, args.eps);
+                       static_cast<T *>(args.out), args.width, args.eps, release_wanted() ? 1 : 0);
 }
 
 template <class T> void launch(const neo_cuda_silu &args, cudaStream_t stream) {
     const unsigned chunks = args.width / Vec<T>::N;
     const dim3 grid(args.rows, (chunks + SILU_THREADS - 1) / SILU_THREADS);
     launch_overlapping(silu_mul<T>, grid, SILU_THREADS, 0, stream, static_cast<const T *>(args.gate_up),
-                       static_cast<T *>(args.out), args.width);
+                       static_cast<T *>(args.out), args.width, Scale<T, SILU_THREADS>(args.scale),
+                       release_wanted() ? 1 : 0);
 }
 
 template <class Args> void launch_as(const Args &args, int32_t dtype, void *stream) {
@@ -147,6 +152,7 @@ extern "C" neo_cuda_status neo_cuda_silu_mul(const neo_cuda_silu *args, void *st
     clear_error();
     NEO_NEED_SIZE(args, "args");
     NEO_TRY(check_width(args->rows, args->width, args->dtype));
+    NEO_TRY(neo::check(args->scale));
     if (args->rows == 0)
         return NEO_CUDA_OK;
     NEO_NEED(args->gate_up != nullptr && args->out != nullptr, "gate_up and out must not be NULL");

@@ -22,6 +22,7 @@ from neo.runtime.cpu_library import Sized
 
 CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """``neo_cuda_dtype`` of torch's types."""
+NO_SCALE = c.Scale()
 
 
 class Launch:
@@ -193,8 +194,18 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, out: Tens
     return Launch("neo_cuda_add_rms_norm", args, (hidden, delta, weight, out))
 
 
+def scale_of(hidden: Tensor, eps: float) -> c.Scale:
+    """The scales that a norm gives the rows of ``hidden`` [rows, width], contiguous; it must stay alive."""
+    if hidden.ndim != 2 or not hidden.is_contiguous():
+        raise ValueError(f"hidden is {tuple(hidden.shape)}, must be contiguous [rows, width]")
+    return c.Scale(hidden.data_ptr(), hidden.shape[1], eps)
+
+
 def silu_mul(gate_up: Tensor, out: Tensor) -> Launch:
-    """``out [rows, width] = silu(gate_up[:, :width]) * gate_up[:, width:]``; contiguous."""
+    """``out [rows, width] = silu(gate_up[:, :width]) * gate_up[:, width:]``; contiguous.
+
+    ``args.scale``, 1 at first, multiplies rows of ``gate_up`` (`scale_of`); likewise in `qkv_rope_append`.
+    """
     rows, width = out.shape
     if gate_up.shape != (rows, 2 * width) or gate_up.dtype != out.dtype:
         raise ValueError(

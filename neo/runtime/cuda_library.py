@@ -14,7 +14,7 @@ from pathlib import Path
 
 from neo.runtime.cpu_library import Sized
 
-ABI = 4
+ABI = 5
 LIBRARY_VARIABLE = "NEO_CUDA_LIBRARY"
 _NAME = "libneo_cuda.so"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +101,16 @@ class Norm(Sized):
     )
 
 
+class Scale(ctypes.Structure):
+    """``neo_cuda_scale``; part of others."""
+
+    _fields_ = (
+        ("hidden", c_void_p),
+        ("width", c_int32),
+        ("eps", c_float),
+    )
+
+
 class Silu(Sized):
     """``neo_cuda_silu``."""
 
@@ -111,6 +121,7 @@ class Silu(Sized):
         ("rows", c_int32),
         ("width", c_int32),
         ("dtype", c_int32),
+        ("scale", Scale),
     )
 
 
@@ -156,6 +167,7 @@ class Qkv(Sized):
         ("q_heads", c_int32),
         ("eps", c_float),
         ("early", c_int32),
+        ("scale", Scale),
     )
 
 
@@ -257,6 +269,7 @@ class LinearShape(Sized):
         ("out", c_int32),
         ("dtype", c_int32),
         ("bias", c_int32),
+        ("add", c_int32),
         ("search", c_int32),
     )
 

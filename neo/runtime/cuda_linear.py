@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from neo.runtime import cuda_library as c
+from neo.runtime.cuda_fold import MOST_ROWS as FOLDED_ROWS
+from neo.runtime.cuda_fold import fold_norms, foldable
 from neo.runtime.cuda_kernels import CODE
 from neo.runtime.weights import Weights
 
@@ -63,13 +65,14 @@ class Choice:
 
 
 class Size(NamedTuple):
-    """What a plan is made for: rows x in by out x in, the type, and whether a bias is added."""
+    """What a plan is made for: rows x in by out x in, the type, whether there is a bias, whether it adds."""
 
     rows: int
     out: int
     in_: int
     dtype: torch.dtype
     bias: bool
+    add: bool = False
 
 
 class Plan:
@@ -99,6 +102,7 @@ class Plan:
             out=size.out,
             dtype=CODE[size.dtype],
             bias=size.bias,
+            add=size.add,
             search=search,
         )
         library, handle = c.load(), ctypes.c_void_p()
@@ -164,9 +168,13 @@ class Plan:
             c.check(status)
 
 
-def torch_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``out = x @ weight.T (+ bias)`` by torch."""
-    if bias is None:
+def torch_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bool = False) -> None:
+    """``out = x @ weight.T (+ bias)`` by torch; ``add``: added to what is in ``out``."""
+    if add:
+        out.addmm_(x, weight.t())
+        if bias is not None:
+            out.add_(bias)
+    elif bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
@@ -189,11 +197,23 @@ class Products:
         families: of one shape each; timing takes a family's weights in turn.
         most_rows: of a tuned product; 0: torch multiplies everything. May be changed at any time: plans that
             were made for more rows are then not used.
+        adding: indices of families whose products are added to what is there, with up to ``most_added`` rows.
+
+    Attributes:
+        search: how widely kernels are looked for, see ``neo_cuda.h``.
     """
 
-    def __init__(self, families: Sequence[Family], most_rows: int = MOST_ROWS) -> None:
+    def __init__(
+        self,
+        families: Sequence[Family],
+        most_rows: int = MOST_ROWS,
+        adding: Sequence[int] = (),
+        most_added: int = 0,
+    ) -> None:
         self._families = families
-        self.most_rows = most_rows
+        self._adding = frozenset(adding)
+        self.most_rows, self.most_added = most_rows, most_added
+        self.search = 1
         self.choices: dict[Size, Choice] = {}
         self._plans: dict[Size, Plan | None] = {}  # None: torch's
         self._tuned: set[int] = set()
@@ -210,15 +230,27 @@ class Products:
             return
         if padded not in self._tuned:
             self._tuned.add(padded)
-            for family in self._families:
+            for size, family in self._sizes(padded):
                 weights = [w for w, _ in family]
-                size = _size(padded, *family[0])
                 if size not in self._plans and all(tunable(w) for w in weights):
                     self._tune(size, weights, family[0][1])
-        for family in self._families:
-            size = _size(rows, *family[0])
+        for size, _ in self._sizes(rows):
             if size not in self._plans:
                 self._between(size)
+
+    def forget(self) -> None:
+        """Tune anew what is asked for from now on. Not while captured steps that took plans may run again."""
+        self._plans.clear()
+        self._tuned.clear()
+        self.choices.clear()
+
+    def _sizes(self, rows: int) -> list[tuple[Size, Family]]:
+        """Of every family's product; as padded, a step may have rows on either side of ``most_added``."""
+        added = rows <= self.most_added
+        return [
+            (_size(rows, *family[0], added and i in self._adding), family)
+            for i, family in enumerate(self._families)
+        ]
 
     def _tune(self, size: Size, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         device = weights[0].device
@@ -226,20 +258,22 @@ class Products:
             self._workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
         generator = torch.Generator(device).manual_seed(0)  # torch's own state stays as it is
         x = torch.randn((size.rows, size.in_), generator=generator, device=device, dtype=size.dtype)
-        out = torch.empty((size.rows, size.out), dtype=size.dtype, device=device)
+        out = torch.zeros((size.rows, size.out), dtype=size.dtype, device=device)
         try:
-            plan = Plan(size, self._workspace)
+            plan = Plan(size, self._workspace, search=self.search)
             self.choices[size] = plan.tune(x, weights, bias, out)
         except c.CudaKernelError as error:
             self.why_not = str(error)
             return
         self._plans[size] = plan
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """``out = x @ weight.T (+ bias)``; x [rows, in], weight [out, in], out [rows, out]."""
-        plan = self._plan(_size(len(x), weight, bias))
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: bool = False
+    ) -> None:
+        """``out = x @ weight.T (+ bias) (+ out)``; x [rows, in], weight [out, in], out [rows, out]."""
+        plan = self._plan(_size(len(x), weight, bias, add))
         if plan is None or not (x.is_contiguous() and out.is_contiguous()):
-            torch_product(x, weight, bias, out)
+            torch_product(x, weight, bias, out, add)
         else:
             plan(x, weight, bias, out)
 
@@ -270,16 +304,19 @@ class Products:
         return plan
 
 
-def _size(rows: int, weight: Tensor, bias: Tensor | None) -> Size:
-    return Size(rows, weight.shape[0], weight.shape[1], weight.dtype, bias is not None)
+def _size(rows: int, weight: Tensor, bias: Tensor | None, add: bool = False) -> Size:
+    return Size(rows, weight.shape[0], weight.shape[1], weight.dtype, bias is not None, add)
 
 
 class Tuned:
     """All products of a model, its layers' and its head's: made once, for one executor after another.
 
     Args:
-        weights: of the model.
+        weights: of the model; norms are folded into them where that can be (``neo.runtime.cuda_fold``).
         most_rows: of a tuned product; 0: torch multiplies everything.
+
+    Attributes:
+        folded: whether steps of up to ``layers.most_added`` rows do without kernels for norms.
     """
 
     def __init__(self, weights: Weights, most_rows: int = MOST_ROWS) -> None:
@@ -290,7 +327,11 @@ class Tuned:
             [(w.gate_up, w.gate_up_bias) for w in layers],
             [(w.down, w.down_bias) for w in layers],
         ]
-        self.layers = Products(families, most_rows)
+        self.folded = foldable(weights)
+        if self.folded:
+            with torch.inference_mode():
+                fold_norms(layers)
+        self.layers = Products(families, most_rows, (1, 3), FOLDED_ROWS if self.folded else 0)
         self.head = Products([[(weights.head, None)]], most_rows)
 
     def prepare_all(self, rows: int) -> None:

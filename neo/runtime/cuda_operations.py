@@ -337,14 +337,12 @@ class Operations:
         if self._capturing:
             self._logits = self._all_logits()
             return
-        hidden, delta = [], []
+        ends = []
         for rows, batch in zip(self.rows, self._inputs.batches, strict=False):
             if batch.sampled:
                 index = to_device(np.array(batch.sampled, dtype=np.int32), self.model.device)
-                hidden.append(rows.hidden.index_select(0, index))
-                delta.append(rows.delta.index_select(0, index))
-        both = [torch.cat(h) if len(h) > 1 else h[0] for h in (hidden, delta)]
-        self.choose(self.model.logits(both[0].add_(both[1]), self.tuned.head.linear))
+                ends.append(rows.ended(index))
+        self.choose(self._logits_of(ends))
 
     def choose(self, logits: Tensor) -> None:
         """Tokens of the step's sampled rows; those chosen on the device are noted for the step behind it."""
@@ -354,11 +352,10 @@ class Operations:
 
     def _all_logits(self) -> Tensor:
         """Of every row, nobody's too."""
-        ends = [
-            rows.hidden[: at.rows] + rows.delta[: at.rows]
-            for rows, at in zip(self.rows, self._layouts, strict=False)
-        ]
-        return self.model.logits(torch.cat(ends) if len(ends) > 1 else ends[0], self.tuned.head.linear)
+        return self._logits_of([rows.ended() for rows, _ in zip(self.rows, self._layouts, strict=False)])
+
+    def _logits_of(self, hidden: list[Tensor]) -> Tensor:
+        return self.model.logits(torch.cat(hidden) if len(hidden) > 1 else hidden[0], self.tuned.head.linear)
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream:

@@ -103,7 +103,8 @@ class Rows:
         memory: the GPU's KV memory.
         rows: of a step at most.
         decodes: GPU decodes of a step at most (0: this sub-batch never has any).
-        product: of the layers' matrices.
+        product: of the layers' matrices. Where it adds, steps of few rows do without kernels for norms, which
+            are in the matrices then (``neo.runtime.cuda_fold``).
     """
 
     def __init__(self, model: Model, memory: KVMemory, rows: int, decodes: int, product: Products) -> None:
@@ -135,6 +136,8 @@ class Rows:
         config, model, inputs = self.model.config, self.model, self.inputs
         weights = model.weights.layers[0]
         ones = torch.ones_like(self.cos)
+        self._folded = False  # the step that is launched
+        self._scale = kernels.scale_of(self.hidden, config.rms_eps)
         self._norm = kernels.add_rms_norm(self.hidden, self.delta, weights.input_norm, self.x, config.rms_eps)
         self._silu = kernels.silu_mul(self.gate_up, self.act)
         # Any table: its address changes with every layer.
@@ -153,7 +156,6 @@ class Rows:
             config.rms_eps,
         )
         self._qkv = kernels.qkv_rope_append(self.cache, self.qkv, extra, self.cos, self.sin, *heads, *common)
-        self._qkv.args.early = 1  # the product is ahead of it, and the step's inputs are ahead of that
         # Rows that are rotated already: cosine 1 and sine 0 leave them as they are.
         self._late = kernels.qkv_rope_append(
             self.cache, self.qkv, kernels.QkvWeights(), ones, torch.zeros_like(ones), *heads, *common
@@ -182,6 +184,9 @@ class Rows:
         """
         n, inputs = at.rows, self.inputs
         self.at = at
+        self._folded = n <= self._product.most_added
+        scale = self._scale if self._folded else kernels.NO_SCALE
+        self._silu.args.scale = self._qkv.args.scale = scale
         given = inputs.device_tokens[:n]
         tokens = torch.where(given < 0, latest.index_select(0, (-1 - given).clamp_min_(0)), given)
         torch.index_select(self.model.weights.embedding, 0, tokens, out=self.hidden[:n])
@@ -198,12 +203,15 @@ class Rows:
     def pre(self, layer: int, weights: LayerWeights, table: tuple[int, int], first: bool) -> None:
         """Norm, projection, rotation, append. ``table``: the layer's, its address and its row's length."""
         n = self.at.rows
-        norm = self._norm.args
-        norm.delta = None if first else self.delta.data_ptr()
-        norm.weight = weights.input_norm.data_ptr()
-        self._norm()
-        self._product(self.x[:n], weights.qkv, None, self.qkv[:n])
+        x = self.hidden
+        if not self._folded:
+            norm, x = self._norm.args, self.x
+            norm.delta = None if first else self.delta.data_ptr()
+            norm.weight = weights.input_norm.data_ptr()
+            self._norm()
+        self._product(x[:n], weights.qkv, None, self.qkv[:n])
         args = self._qkv.args
+        args.early = self._settled(first)
         args.block_tables, args.table_stride = table
         args.bias = None if weights.qkv_bias is None else weights.qkv_bias.data_ptr()
         if weights.qk_norm is not None:
@@ -223,6 +231,18 @@ class Rows:
         args.block_tables, args.table_stride = table
         self._late()
 
+    def _settled(self, first: bool) -> bool:
+        """Whether what kernels read ahead of their wait (inputs, angles, plan, older KV) is there by then.
+
+        A product of cuBLAS's may let the next kernel begin before it has waited itself, so that a kernel
+        behind products may begin while the one ahead of them runs. Of ours, a norm and SiLU let none begin
+        before they have waited for all ahead of them; rotation and append lets attention begin at once. At
+        most two products follow each other (down, and qkv of the next layer), so when rotation or attention
+        begins, all ahead of the last norm or SiLU has ended. Only in the first layer without norm is there
+        neither between the kernels that write inputs, angles and plan and those that read them.
+        """
+        return not (self._folded and first)
+
     def attend(self, layer: int, table: tuple[int, int], early: bool) -> None:
         """Decode attention of the GPU decodes in one layer.
 
@@ -232,12 +252,19 @@ class Rows:
             return
         args = self.attention.attend.args
         args.block_tables, args.table_stride = table
-        args.early = early
+        args.early = early and self._settled(layer == 0)
         self.attention.attend()
 
     def post(self, layer: int, weights: LayerWeights) -> None:
-        """Output projection and feed-forward network; what it adds to ``hidden`` is left in ``delta``."""
+        """Output projection and feed-forward network; see `ended` for what comes of it."""
         n = self.at.rows
+        if self._folded:
+            hidden = self.hidden[:n]
+            self._product(self.attended[:n], weights.out, None, hidden, add=True)
+            self._product(hidden, weights.gate_up, None, self.gate_up[:n])
+            self._silu()
+            self._product(self.act[:n], weights.down, None, hidden, add=True)
+            return
         self._product(self.attended[:n], weights.out, weights.out_bias, self.delta[:n])
         norm = self._norm.args
         norm.delta, norm.weight = self.delta.data_ptr(), weights.post_norm.data_ptr()
@@ -245,3 +272,11 @@ class Rows:
         self._product(self.x[:n], weights.gate_up, weights.gate_up_bias, self.gate_up[:n])
         self._silu()
         self._product(self.act[:n], weights.down, weights.down_bias, self.delta[:n])
+
+    def ended(self, index: Tensor | None = None) -> Tensor:
+        """Hidden states behind the last layer, of these rows (None: all); not to be changed."""
+        n = self.at.rows
+        hidden, delta = self.hidden[:n], self.delta[:n]
+        if index is not None:
+            hidden, delta = hidden.index_select(0, index), delta.index_select(0, index)
+        return hidden if self._folded else hidden + delta

@@ -38,7 +38,7 @@ class FakePlan:
     refuses: frozenset[int] = frozenset()
     none_here = False
 
-    def __init__(self, size: Size, workspace: Tensor, like: FakePlan | None = None) -> None:
+    def __init__(self, size: Size, workspace: Tensor, like: FakePlan | None = None, search: int = 1) -> None:
         if self.none_here or (like is not None and size.rows in self.refuses):
             raise c.CudaKernelError("no cuBLASLt")
         self.size, self.like, self.calls, self.weights = size, like, 0, 0
@@ -53,7 +53,7 @@ class FakePlan:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         self.calls += 1
-        cuda_linear.torch_product(x, weight, bias, out)
+        cuda_linear.torch_product(x, weight, bias, out, self.size.add)
 
 
 @pytest.fixture
@@ -73,12 +73,12 @@ def layers(out: int, width: int, bias: bool = False, dtype: torch.dtype = torch.
     ]
 
 
-def multiply(products: Products, rows: int, family: list[Any]) -> None:
+def multiply(products: Products, rows: int, family: list[Any], add: bool = False) -> None:
     weight, bias = family[-1]
     x = normal(rows, weight.shape[1], dtype=weight.dtype)
-    out = torch.full((rows, len(weight)), float("nan"), dtype=weight.dtype)
-    products(x, weight, bias, out)
-    exact = x.double() @ weight.double().t()
+    out = torch.full((rows, len(weight)), 3.0 if add else float("nan"), dtype=weight.dtype)
+    products(x, weight, bias, out, add)
+    exact = x.double() @ weight.double().t() + (3.0 if add else 0.0)
     if bias is not None:
         exact += bias.double()
     assert ((out.double() - exact).abs() <= EPSILON[weight.dtype] * exact.abs() + 1e-3).all()
@@ -145,6 +145,24 @@ def test_plans_made_before_can_be_turned_off(fake: type[FakePlan]) -> None:
     products.most_rows = 0
     multiply(products, 3, family)
     assert {plan.size.rows: plan.calls for plan in fake.made} == {8: 0, 4: 0, 3: 1}
+
+
+def test_families_that_add_are_tuned_so_with_few_rows(fake: type[FakePlan]) -> None:
+    plain, adding = layers(24, 16), layers(16, 24)
+    products = Products([plain, adding], adding=(1,), most_added=8)
+    products.prepare(7)
+    products.prepare(12)
+    tuned = [plan.size for plan in fake.made if plan.like is None]
+    assert tuned == [
+        Size(8, 24, 16, BF16, False), Size(8, 16, 24, BF16, False, True),
+        Size(12, 24, 16, BF16, False), Size(12, 16, 24, BF16, False),
+    ]  # fmt: skip
+    for rows in (7, 8, 3):
+        multiply(products, rows, plain)
+        multiply(products, rows, adding, add=True)
+    multiply(products, 12, adding)
+    calls = [(plan.size.rows, plan.size.add) for plan in fake.made for _ in range(plan.calls)]
+    assert sorted(calls) == [(7, False), (7, True), (8, False), (8, True), (12, False)]  # 3 is torch's
 
 
 def test_without_cublaslt_everything_is_torchs(fake: type[FakePlan]) -> None:
@@ -270,6 +288,26 @@ def test_against_float64(rows: int, out: int, width: int, bias: bool, dtype: tor
         exact, size = exact + added.double(), size + added.double().abs()
     # One rounding to the type; sums in fp32 of terms this large, in whatever order.
     bound = 1.01 * EPSILON[dtype] * exact.abs() + 16 * EPSILON[torch.float32] * size + 2.0**-24
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize(("rows", "out", "width"), SIZES)
+def test_added_to_what_is_there(rows: int, out: int, width: int) -> None:
+    """In place and rounded once, of both parts together."""
+    family = [(normal(out, width, seed=i).cuda(), None) for i in range(2)]
+    products = Products([family], adding=(0,), most_added=1024)
+    products.prepare(rows)
+    assert not products.why_not
+    x, weight, before = normal(rows, width, seed=3).cuda(), family[1][0], normal(rows, out, seed=4).cuda() * 9
+    got, again = before.clone(), before.clone()
+    products(x, weight, None, got, add=True)
+    products(x, weight, None, again, add=True)
+    torch.cuda.synchronize()
+    assert torch.equal(got, again)
+    exact = x.double() @ weight.double().t() + before.double()
+    size = x.double().abs() @ weight.double().abs().t() + before.double().abs()
+    bound = 1.01 * EPSILON[BF16] * exact.abs() + 16 * EPSILON[torch.float32] * size + 2.0**-24
     assert ((got.double() - exact).abs() <= bound).all()
 
 

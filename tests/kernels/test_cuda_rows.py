@@ -93,6 +93,30 @@ def test_silu_mul(device: Device, dtype: torch.dtype, width: int) -> None:
     assert ((out.cpu().double() - expected).abs() <= eps * expected.abs() + least).all()
 
 
+def scales(hidden: torch.Tensor, eps: float) -> torch.Tensor:
+    """Of a norm, in float64: [rows, 1]."""
+    return (hidden.double().square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", [8, 1000, 5120])
+@pytest.mark.parametrize("width", [8, 264, 4096])
+def test_silu_mul_of_rows_that_are_not_normalised(
+    device: Device, dtype: torch.dtype, width: int, size: int
+) -> None:
+    x, hidden = (normal(3, n, dtype=dtype, seed=n) for n in (2 * width, size))
+    hidden *= torch.tensor([[0.02], [1.0], [30.0]]).to(dtype)
+    out, there = device(torch.full((3, width), float("nan"), dtype=dtype)), device(hidden)
+    launch = ck.silu_mul(device(x), out)
+    launch.args.scale = ck.scale_of(there, 1e-5)
+    launch(device.stream)
+    device.wait()
+    gate, up = (x.double() * scales(hidden, 1e-5)).chunk(2, -1)
+    expected = gate * torch.sigmoid(gate) * up
+    eps = EPSILON[dtype] + 2.0**-20 * (1 if dtype is torch.float32 else 8) * (1 + gate.abs())
+    assert ((out.cpu().double() - expected).abs() <= eps * expected.abs() + 2.0**-24).all()
+
+
 def reference(x: torch.Tensor, weights: ck.QkvWeights, heads: int, kv_heads: int, dim: int, cos, sin):
     """q, k, v in float64."""
     wide = x.double()
@@ -145,6 +169,7 @@ def append_and_check(
     odd: int = 0,
     heads: int = HEADS[0],
     in_place: bool = False,
+    scaled: bool = False,
 ) -> None:
     """Rows into a copy of the cache, `full`: with bias and norms; rows begin at element `odd`."""
     kv_heads, rows = case.blocks.shape[1], len(slots)
@@ -164,12 +189,18 @@ def append_and_check(
     fused = device(torch.cat([x[:, :odd], x], 1))[:, odd:]
     to = torch.empty_like(fused).fill_(float("nan")) if not in_place else fused
     q, k, v = to.unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
-    ck.qkv_rope_append(
+    launch = ck.qkv_rope_append(
         ck.cache_of(blocks, block_size), fused, on, device(cos), device(sin), q, k, v,
         device(case.tables), device(slots), device(positions),
-    )(device.stream)  # fmt: skip
+    )  # fmt: skip
+    wide, hidden = x.double(), normal(rows, 1000, dtype=dtype, seed=8) * 5
+    there = device(hidden)
+    if scaled:
+        launch.args.scale = ck.scale_of(there, 1e-5)
+        wide = wide * scales(hidden, 1e-5)
+    launch(device.stream)
     device.wait()
-    expected = reference(x, weights, heads, kv_heads, dim, cos, sin)
+    expected = reference(wide, weights, heads, kv_heads, dim, cos, sin)
     for got, want in zip((q, k, v), expected, strict=True):  # a sum of two products: error of the larger
         error = (got.cpu().double() - want).abs()
         assert (error <= (EPSILON[dtype] + 2.0**-20) * want.abs() + 2.0**-19 * want.abs().max()).all()
@@ -194,6 +225,19 @@ def test_qkv_rope_append(device: Device, dtype: torch.dtype, dim: int, block_siz
     slots = torch.tensor([3, -1, 1, 0, 3], dtype=torch.int32)
     positions = torch.tensor([41, 7, 21, 0, 40], dtype=torch.int32)
     append_and_check(device, case, slots, positions, dim != 80, odd)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("dim", "heads"), [(64, 4), (128, 18), (256, 2)])
+@pytest.mark.parametrize("full", [True, False])
+def test_append_of_rows_that_are_not_normalised(
+    device: Device, dtype: torch.dtype, dim: int, heads: int, full: bool
+) -> None:
+    """In place, as the engine has it: v, which is otherwise left as it lies, is scaled too."""
+    case = paged((0, 21, 0, 40), dtype, HEADS[1], dim, 16, room=45)
+    slots = torch.tensor([3, -1, 1, 0, 3], dtype=torch.int32)
+    positions = torch.tensor([41, 7, 21, 0, 40], dtype=torch.int32)
+    append_and_check(device, case, slots, positions, full, heads=heads, in_place=True, scaled=True)
 
 
 def prefills() -> tuple[torch.Tensor, torch.Tensor]:
