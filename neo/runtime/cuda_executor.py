@@ -25,7 +25,7 @@ from neo.runtime import cuda_library
 from neo.runtime.block_tables import BlockTables, Copies
 from neo.runtime.cuda_graphs import Graphs, padded, valid_rows
 from neo.runtime.cuda_host import HostAttention, Submitted
-from neo.runtime.cuda_linear import ROW_SIZES, Tuned
+from neo.runtime.cuda_linear import ROW_SIZES, Tuned, padded_rows
 from neo.runtime.cuda_memory import device_memory, pinned_memory
 from neo.runtime.cuda_operations import Operations, new_stream
 from neo.runtime.cuda_program import program, work_of
@@ -93,7 +93,9 @@ class CudaExecutor:
         with torch.inference_mode(), torch.cuda.stream(self._main):
             self.gpu = device_memory(tables.gpu.total + standing.size, *shape, device)
             self.cpu, self._unpin = pinned_memory(tables.cpu.total, *shape)
-            most = options.max_rows, min(options.max_decodes, options.max_rows)
+            # Decodes of a captured step are padded: there must be room for those of nobody, too.
+            decodes = min(padded_rows(options.max_decodes), options.max_rows)
+            most = options.max_rows, decodes
             self._tuned = tuned or Tuned(model.weights)
             memory = self.gpu, self.cpu
             self._ops = Operations(model, tables, memory, self._main, most, self._tuned, standing)

@@ -92,10 +92,11 @@ def seconds_each(main: torch.cuda.Stream, launch: Callable[[], None]) -> float:
         for _ in range(_IN_A_ROW):
             launch()
         end.record(main)
-        kept_up = not start.query()
+        kept_up = not start.query()  # type: ignore[no-untyped-call]
         end.synchronize()
         if kept_up or held >= _HELD_BACK:  # one that is too long is an outlier among its repeats
-            return start.elapsed_time(end) * 1e-3 / _IN_A_ROW
+            milliseconds: float = start.elapsed_time(end)
+            return milliseconds * 1e-3 / _IN_A_ROW
         held *= 2
 
 

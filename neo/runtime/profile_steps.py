@@ -27,7 +27,7 @@ def step_seconds(cost: CostModel, layers: int, sequences: int, kv_tokens: int) -
     work = Work(tokens=sequences, sequences=sequences, kv_tokens=kv_tokens)
     once = [cost.seconds(kind, work) for kind in (OpKind.EMBED, OpKind.HEAD)]
     per_layer = [cost.seconds(kind, work) for kind in (OpKind.PRE, OpKind.GPU_ATTN, OpKind.POST)]
-    return sum(once) + layers * sum(per_layer)
+    return float(sum(once) + layers * sum(per_layer))
 
 
 def check_steps(document: Mapping[str, Any], samples: Samples) -> dict[str, Any] | None:
