@@ -108,6 +108,11 @@ class Queueing(Executor, Protocol):
 class Replaying(Executor, Protocol):
     """An executor that runs some steps in one piece: operations overlap, and none can be timed alone."""
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of rows that such steps are padded to, ascending."""
+        ...
+
     def replays(self, plan: StepPlan, inputs: StepInputs) -> bool:
         """Whether ``replay`` can be asked for this step: decodes on the GPU alone."""
         ...

@@ -83,12 +83,14 @@ class Profiler:
         )
         self.rounds = _QUICK_ROUNDS if quick else _ROUNDS
         self.samples = Samples()
+        self.padded: tuple[int, ...] = ()  # rows of steps that are replayed
 
     def document(self, command: str) -> dict[str, Any]:
         """Measure everything; the content of a cost-table file (JSON-serialisable)."""
         engine = self.parts.engine(self.whole, timed=True)
         try:
             bench = Bench(engine.executor, self.parts.spec, self.limits.block_size, replayed=True)
+            self.padded = bench.replaying.sizes if bench.replaying is not None else ()
             self._measure(list(self._shapes(bench)))
             described = engine.executor.describe()
         finally:
@@ -134,9 +136,9 @@ class Profiler:
             for kv in grid.gpu_kv:
                 yield "decode attention on the GPU", partial(self._decode, bench, Tier.GPU, n, kv)
         if bench.replaying is not None:
-            for n in between(grid.gpu_sequences):
+            for n in between(grid.gpu_sequences):  # and one more, as it is then that most rows are nobody's
                 for kv in between(grid.gpu_kv):
-                    yield "whole steps", partial(self._whole, bench, n, kv)
+                    yield "whole steps", partial(self._whole, bench, n + 1, kv)
         if not self.on_cpu:
             return
         for n in grid.cpu_sequences:
@@ -247,10 +249,10 @@ class Profiler:
     def _tables(self) -> dict[str, Any]:
         grid, samples = self.grid, self.samples
         tables = {
-            "embed": samples.curve("embed", "tokens"),
-            "pre": samples.curve("pre", "tokens"),
-            "post": samples.curve("post", "tokens"),
-            "head": samples.curve("head", "sequences"),
+            "embed": samples.curve("embed", "tokens", self.padded),
+            "pre": samples.curve("pre", "tokens", self.padded),
+            "post": samples.curve("post", "tokens", self.padded),
+            "head": samples.curve("head", "sequences", self.padded),
             "gpu_attn_prefill": samples.surface(
                 "gpu_attn_prefill", {"length": grid.tokens, "start": grid.starts}
             ),

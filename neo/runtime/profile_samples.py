@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,13 +45,28 @@ class Samples:
         """Sizes at which a one-axis table was measured."""
         return sorted(at[0] for at in self._found.get(table, ()))
 
-    def curve(self, table: str, axis: str) -> dict[str, Any]:
-        """A one-axis table."""
+    def curve(self, table: str, axis: str, padded: Sequence[int] = ()) -> dict[str, Any]:
+        """A one-axis table.
+
+        ``padded``: sizes that replayed steps are padded to, ascending. As far as such were measured, all
+        sizes from one to the next take what the next does.
+        """
         sizes = self.sizes(table)
         seconds = [self.at(table, (n,)) for n in sizes]
         if len(sizes) == 1:  # budgets leave no choice, and the format wants two: nothing takes no time
             sizes, seconds = [0, *sizes], [0.0, *seconds]
-        return {"axes": {axis: sizes}, "seconds": self._ascending(seconds)}
+        seconds = self._ascending(seconds)
+        last = max([at[0] for name, at in self._replayed if name == table], default=0)
+        steps = [(a, b) for a, b in pairwise(padded) if sizes[0] <= a and b <= last]
+        if steps:
+            found = dict(zip(sizes, seconds, strict=True))
+            for a, b in steps:  # what was measured within a step was padded, too, but for noise
+                inside = [n for n in sizes if a < n < b]
+                level = float(np.interp(b, sizes, seconds))
+                found |= dict.fromkeys((a + 1, *inside, b), level)
+            sizes = sorted(found)
+            seconds = [found[n] for n in sizes]
+        return {"axes": {axis: sizes}, "seconds": seconds}
 
     def _ascending(self, seconds: Any) -> Any:
         measured = np.asarray(seconds, dtype=np.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import copy
 from itertools import pairwise
 from typing import Any
@@ -35,6 +34,7 @@ from neo.runtime.setup import EngineParts
 from neo.runtime.step_inputs import StepInputs
 
 LAYERS = 3
+EVERY = tuple(range(1, 17))  # nothing is padded
 OVERLAP = 0.25  # share of an operation that runs beside the one before it
 LAUNCHED = 1000.0  # seconds of every operation of a step that is not replayed
 
@@ -47,7 +47,7 @@ def _attention(kv_tokens: int) -> float:
 class Replays:
     """An executor around another that replays up to ``most`` GPU decodes, padded to one of ``sizes``."""
 
-    def __init__(self, inner: Any, vocab: int, most: int, sizes: Sequence[int] = range(99)) -> None:
+    def __init__(self, inner: Any, vocab: int, most: int, sizes: tuple[int, ...] = EVERY) -> None:
         self.inner, self.tables = inner, inner.tables
         self.vocab, self.most, self.sizes = vocab, most, sizes
         self.launched: list[StepPlan] = []
@@ -166,7 +166,7 @@ def test_a_whole_step_alone_is_one_replay(executor: Any) -> None:
 class Parts(EngineParts):
     """Engines whose executor replays."""
 
-    sizes: Sequence[int] = range(99)
+    sizes = EVERY
 
     def engine(self, system: Any, **options: Any) -> Any:
         engine = super().engine(system, **options)
@@ -214,21 +214,38 @@ def test_replayed_numbers_win_and_the_table_says_what_steps_it_adds_up_to(parts:
     assert _steps(None) == ""
 
 
-def test_what_interpolation_misses_is_told(parts: Parts) -> None:
-    """Graphs are padded, so that 2 rows, between 1 and 4 of the table, take as long as 4."""
+def test_rows_of_nobody_are_in_the_table(parts: Parts) -> None:
+    """Graphs are padded: 2 and 3 rows take as long as 4."""
     padding = copy(parts)
     padding.sizes = (1, 4, 8, 16)
-    steps = profile_of(padding)["provenance"]["steps"]
-    assert steps["worst"] == pytest.approx(-_missed(kv_tokens=steps["kv_tokens"]))
-    assert (steps["sequences"], steps["median"]) == (2, pytest.approx(0.0, abs=1e-9))
+    document = profile_of(padding)
+    pre = document["tables"]["pre"]
+    by_rows = dict(zip(pre["axes"]["tokens"], pre["seconds"], strict=True))
+    rows = {1: 1, 2: 4, 4: 4, 5: 8, 8: 8, 9: 16, 16: 16}
+    assert {n: by_rows[n] for n in rows} == {n: pytest.approx(0.75 * (2 + m)) for n, m in rows.items()}
+    assert by_rows[32] == LAUNCHED
+    steps = document["provenance"]["steps"]
+    assert steps["worst"] == pytest.approx(0.0, abs=1e-9), "held against 3 and 9 rows"
 
 
-def _missed(kv_tokens: int) -> float:
-    """Share of a step of 4 rows by which one in a third of the way from 1 row to 4 is shorter."""
-    rows, interpolated = 4.0, 1.0 + (4.0 - 1.0) / 3
-    per_layer = 2.0 + rows + _attention(kv_tokens) + 8.0 + rows
-    step = 1.0 + 0.75 * (LAYERS * per_layer + 10.0 + rows)
-    return 0.75 * (2 * LAYERS + 1) * (rows - interpolated) / step
+def test_what_interpolation_misses_is_told(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table is linear between its sizes, and this attention is not."""
+    monkeypatch.setitem(_attention.__globals__, "_attention", lambda kv_tokens: 5.0 + kv_tokens**2)
+    steps = profile_of(parts)["provenance"]["steps"]
+    assert steps["worst"] > 0.1
+    assert steps["kv_tokens"] not in (1, 4, 16, 64, 256)
+    assert steps["sequences"] in (3, 9)
+
+
+def test_only_measured_sizes_are_padded() -> None:
+    """Between 8 and 16 what was replayed ends at 12; what is launched is not padded."""
+    samples = Samples()
+    for n in (1, 2, 4, 6, 8, 12, 16):
+        samples.add("pre", (n,), float(n), replayed=n <= 12)
+    found = samples.curve("pre", "tokens", (1, 2, 4, 8, 16))
+    assert found["axes"]["tokens"] == [1, 2, 3, 4, 5, 6, 8, 12, 16]
+    assert found["seconds"] == [1.0, 2.0, 4.0, 4.0, 8.0, 8.0, 8.0, 12.0, 16.0]
+    assert samples.curve("pre", "tokens")["axes"]["tokens"] == [1, 2, 4, 6, 8, 12, 16]
 
 
 def test_samples_of_replayed_steps_count_alone_in_any_order() -> None:
