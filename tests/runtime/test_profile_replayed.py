@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,7 @@ from neo.core.view import Limits
 from neo.cost.table_schema import check_table
 from neo.policy.registry import load_policy
 from neo.runtime import cuda_timeline
+from neo.runtime.cuda_executor import CudaExecutor
 from neo.runtime.cuda_operations import Operations
 from neo.runtime.engine_config import EngineConfig
 from neo.runtime.executor import Replaying, Sample, StepTimes
@@ -318,6 +320,14 @@ def test_the_device_is_held_back_until_the_host_is_ahead(
 
 
 # -- what is captured ---------------------------------------------------------------------------------------
+
+
+def test_the_executor_on_a_gpu_replays() -> None:
+    """It has what the profiler asks for, where it cannot run, too."""
+    for name in ("replay", "replays"):
+        asked, has = (signature(getattr(one, name)) for one in (Replaying, CudaExecutor))
+        assert has == asked
+    assert isinstance(CudaExecutor.sizes, property)
 
 
 def test_kinds_that_are_left_out_are_not_launched() -> None:
