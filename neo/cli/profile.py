@@ -153,7 +153,8 @@ def _show(document: dict[str, Any]) -> None:
         "to",
         box=box.SIMPLE_HEAD,
         title=f"{document['model']['name']} on {about['gpu']}",
-        caption=f"{about['repeats']} repeats, spread {about['spread']:.1%} (interquartile range / median)",
+        caption=f"{about['repeats']} repeats, spread {about['spread']:.1%} (interquartile range / median)"
+        + _steps(about["steps"]),
     )
     for name, entry in sorted(document["tables"].items()):
         first, last = entry["seconds"][0], entry["seconds"][-1]
@@ -161,3 +162,14 @@ def _show(document: dict[str, Any]) -> None:
         sizes = [", ".join(f"{axis} {v[i]:,}" for axis, v in entry["axes"].items()) for i in (0, -1)]
         table.add_row(name, *(f"{1e6 * s:,.0f} us ({size})" for s, size in zip(ends, sizes, strict=True)))
     Console().print(table)
+
+
+def _steps(check: dict[str, Any] | None) -> str:
+    """What operations add up to beside whole steps, where those were measured."""
+    if check is None:
+        return ""
+    worst = f"{check['worst']:+.1%} (sequences {check['sequences']:,}, KV tokens {check['kv_tokens']:,})"
+    return (
+        f"\noperations add up to {check['shapes']} whole steps of decodes within {check['median']:.1%} "
+        f"in the median, {worst} at worst"
+    )

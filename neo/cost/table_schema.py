@@ -54,11 +54,28 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class StepCheck(_Strict):
+    """What a table's operations add up to, beside whole steps of decodes, measured as engines run them.
+
+    Attributes:
+        shapes: of steps that were measured.
+        median: of the absolute errors, (sum of the operations) / (the step) - 1.
+        worst: the error farthest from 0.
+        sequences, kv_tokens: of the step that has it.
+    """
+
+    shapes: Count
+    median: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    worst: Annotated[float, Field(allow_inf_nan=False)]
+    sequences: Count
+    kv_tokens: Count
+
+
 class Provenance(_Strict):
     """Where, when and how the seconds were measured.
 
     ``spread`` is that of repeats, as a share of the median; ``raised`` the largest share by which an entry
-    was raised to one of less work.
+    was raised to one of less work; ``steps`` is there where steps were measured as a whole.
     """
 
     hardware: str
@@ -71,6 +88,7 @@ class Provenance(_Strict):
     repeats: Annotated[int, Field(ge=1)]
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     raised: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    steps: StepCheck | None = None
 
 
 class Shape(_Strict):

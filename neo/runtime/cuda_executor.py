@@ -25,11 +25,11 @@ from neo.runtime import cuda_library
 from neo.runtime.block_tables import BlockTables, Copies
 from neo.runtime.cuda_graphs import Graphs, padded, valid_rows
 from neo.runtime.cuda_host import HostAttention, Submitted
-from neo.runtime.cuda_linear import ROW_SIZES, Tuned
+from neo.runtime.cuda_linear import ROW_SIZES, Tuned, padded_rows
 from neo.runtime.cuda_memory import device_memory, pinned_memory
 from neo.runtime.cuda_operations import Operations, new_stream
 from neo.runtime.cuda_program import program, work_of
-from neo.runtime.cuda_timeline import Timeline, host_slices
+from neo.runtime.cuda_timeline import Timeline, host_slices, seconds_each
 from neo.runtime.errors import EngineError
 from neo.runtime.executor import FAULTS, Pending, Sample, StepTimes
 from neo.runtime.kv_memory import KVMemory
@@ -93,7 +93,9 @@ class CudaExecutor:
         with torch.inference_mode(), torch.cuda.stream(self._main):
             self.gpu = device_memory(tables.gpu.total + standing.size, *shape, device)
             self.cpu, self._unpin = pinned_memory(tables.cpu.total, *shape)
-            most = options.max_rows, min(options.max_decodes, options.max_rows)
+            # Decodes of a captured step are padded: there must be room for those of nobody, too.
+            decodes = min(padded_rows(options.max_decodes), options.max_rows)
+            most = options.max_rows, decodes
             self._tuned = tuned or Tuned(model.weights)
             memory = self.gpu, self.cpu
             self._ops = Operations(model, tables, memory, self._main, most, self._tuned, standing)
@@ -217,16 +219,32 @@ class CudaExecutor:
             taken = float((seconds[:, 1] - seconds[:, 0]).sum()) * 1e-9
             times.seconds[work_of(graph.template, OpKind.CPU_ATTN, batch)] = taken
 
-    def _replay(self, graph: StepGraph, inputs: StepInputs) -> None:
+    def replays(self, plan: StepPlan, inputs: StepInputs) -> bool:
+        """Whether a step can be timed as it is replayed; see ``neo.runtime.executor.Replaying``."""
+        return self.options.graphs and _only_decodes(plan, inputs) and not _with_cpu(inputs)
+
+    def replay(
+        self, graph: StepGraph, inputs: StepInputs, sample: Sample, without: frozenset[OpKind] = frozenset()
+    ) -> float:
+        """Time a step as it is replayed; see ``neo.runtime.executor.Replaying``.
+
+        A step's share of copying its inputs and of choosing its tokens, outside the graph, is part of it.
+        """
+        with _faults(), torch.inference_mode(), torch.cuda.stream(self._main):
+            self._ops.begin(inputs, sample)
+            return seconds_each(self._main, lambda: self._replay(graph, inputs, without))
+
+    def _replay(self, graph: StepGraph, inputs: StepInputs, without: frozenset[OpKind] = frozenset()) -> None:
         """Run a step of decodes alone as a CUDA graph, captured the first time."""
         layouts = padded(inputs.batches, [r.capacity for r in self._ops.rows[: len(inputs.batches)]])
         rows = [at.rows for at in layouts]
         self._tune(rows, sum(rows))
         self._ops.prepare_decodes(layouts)
-        key = (graph.template, *((at.gpu_rows, at.cpu_rows) for at in layouts))
+        key = (graph.template, without, *((at.gpu_rows, at.cpu_rows) for at in layouts))
         generation = self._ops.mirror.generation
-        run = self._graphs.replay(key, generation, lambda: self._ops.captured(graph.template))
-        self._ops.choose(valid_rows(run(), inputs, layouts))
+        run = self._graphs.replay(key, generation, lambda: self._ops.captured(graph.template, without))
+        if (logits := run()) is not None:
+            self._ops.choose(valid_rows(logits, inputs, layouts))
 
     def _tune(self, rows: Sequence[int], sampled: int) -> None:
         """Find kernels for products of so many rows, the first time there are."""

@@ -22,7 +22,7 @@ class Graphs:
     """CUDA graphs by key. All share one memory pool, so no two of them may run at once."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = OrderedDict()
+        self._known: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor | None]] = OrderedDict()
         self._generation = 0
         self._pool: Any = None
 
@@ -31,7 +31,9 @@ class Graphs:
         self._known.clear()
         self._pool = None  # it lives as long as a graph in it
 
-    def replay(self, key: Hashable, generation: int, launch: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def replay(
+        self, key: Hashable, generation: int, launch: Callable[[], Tensor | None]
+    ) -> Callable[[], Tensor | None]:
         """What replays the graph of ``key`` on the current stream and gives what ``launch`` gave.
 
         ``launch`` is called to capture it where it is not known, or known from another ``generation``.
@@ -53,7 +55,7 @@ class Graphs:
         self._known.move_to_end(key)
         graph, logits = self._known[key]
 
-        def run() -> Tensor:
+        def run() -> Tensor | None:
             graph.replay()
             return logits
 

@@ -130,15 +130,18 @@ class Operations:
                 parts.append((self._over[i], batch.cpu))
         self.told = self.host.submit(parts) if parts and self.host is not None else None
 
-    def captured(self, template: Template) -> Tensor:
-        """Launch a whole step while its stream is being captured; logits of all rows, nobody's too."""
+    def captured(self, template: Template, without: frozenset[OpKind] = frozenset()) -> Tensor | None:
+        """Launch a step while its stream is being captured; logits of all rows, nobody's too.
+
+        ``without``: kinds of operations that are left out, for who wants to know what they take; no logits
+        without HEAD.
+        """
         self._logits: Tensor | None = None
         self._capturing = True
         try:
-            self.launch(template)
+            self.launch(template, without)
         finally:
             self._capturing = False
-        assert self._logits is not None
         return self._logits
 
     def _measure(self, step: Step, layer: int, stream: torch.cuda.Stream) -> AbstractContextManager[None]:
@@ -146,8 +149,8 @@ class Operations:
             return nullcontext()
         return self.timeline.measure(step, None if step.offset is None else layer, stream)
 
-    def launch(self, template: Template) -> None:
-        """Every operation, in program order."""
+    def launch(self, template: Template, without: frozenset[OpKind] = frozenset()) -> None:
+        """Every operation, in program order, but for those of some kinds."""
         copied, sections = program(template)
         self._copied = copied
         self._waiting: dict[int, tuple[Step, int]] = {}  # RECVs that are launched ahead of their POST
@@ -155,6 +158,8 @@ class Operations:
         for repeat, first_layer, steps in sections:
             for layer_of_section in range(first_layer, first_layer + repeat):
                 for step in steps:
+                    if step.kind in without:
+                        continue
                     layer = -1 if step.offset is None else layer_of_section + step.offset
                     self._issue(step, layer, copied)
 

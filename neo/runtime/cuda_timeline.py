@@ -1,9 +1,13 @@
-"""When the operations of a step ran: CUDA events around them, brought onto the host's clock."""
+"""When the operations of a step ran: CUDA events around them, brought onto the host's clock.
+
+Events keep apart what they stand between, and kernels of a step that is replayed as one graph overlap.
+``seconds_each`` times such steps as a whole.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,6 +20,8 @@ from neo.core.record import Slice
 from neo.runtime.cuda_program import Step
 
 _HELD_BACK = 1 << 25  # clock cycles, about 17 ms: longer than launching a step that decodes takes
+_HELD_BRIEFLY = 1 << 23  # about 4 ms: longer than launching two replays of one takes
+_IN_A_ROW = 2  # replays that are timed: inputs have two buffers on the host, so that neither is written twice
 
 
 class _Timed(NamedTuple):
@@ -67,6 +73,31 @@ class Timeline:
                 (step.work, Slice(number, RESOURCE_OF[step.kind], step.kind, layer, step.batch, start, end))
             )
         return found
+
+
+def seconds_each(main: torch.cuda.Stream, launch: Callable[[], None]) -> float:
+    """Seconds from one start to the next of what is launched several times, one right behind the other.
+
+    It runs once before, uncounted, so that it is captured, and finds the caches as its like leaves them. The
+    device is held back until all are launched: what a host takes between two of them is no part of it. A host
+    that did not keep up gets more time, up to ``_HELD_BACK``.
+    """
+    launch()
+    held = _HELD_BRIEFLY
+    while True:
+        main.synchronize()
+        torch.cuda._sleep(held)  # type: ignore[no-untyped-call]
+        start, end = _event(), _event()
+        start.record(main)
+        for _ in range(_IN_A_ROW):
+            launch()
+        end.record(main)
+        kept_up = not start.query()  # type: ignore[no-untyped-call]
+        end.synchronize()
+        if kept_up or held >= _HELD_BACK:  # one that is too long is an outlier among its repeats
+            milliseconds: float = start.elapsed_time(end)
+            return milliseconds * 1e-3 / _IN_A_ROW
+        held *= 2
 
 
 def host_slices(number: int, batch: int, times: npt.NDArray[np.int64]) -> list[Slice]:

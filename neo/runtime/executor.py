@@ -104,6 +104,31 @@ class Queueing(Executor, Protocol):
         ...
 
 
+@runtime_checkable
+class Replaying(Executor, Protocol):
+    """An executor that runs some steps in one piece: operations overlap, and none can be timed alone."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of rows that such steps are padded to, ascending."""
+        ...
+
+    def replays(self, plan: StepPlan, inputs: StepInputs) -> bool:
+        """Whether ``replay`` can be asked for this step: decodes on the GPU alone."""
+        ...
+
+    def replay(
+        self, graph: StepGraph, inputs: StepInputs, sample: Sample, without: frozenset[OpKind] = frozenset()
+    ) -> float:
+        """Seconds of such a step that runs right behind another one like it, on the device's clock.
+
+        ``without``: kinds of operations that are left out, so that memory may then hold anything in the rows
+        that the step computes, and in the KV that it appends; a whole step puts that right. ``sample`` must
+        not wait for the device. May run the step any number of times.
+        """
+        ...
+
+
 def operation_names(graph: StepGraph) -> list[str]:
     """``KIND:sub-batch`` of each work entry."""
     batches: dict[int, int] = {}

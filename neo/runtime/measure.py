@@ -1,4 +1,12 @@
-"""Runs steps of chosen shapes on an executor and tells what each of their operations took."""
+"""Runs steps of chosen shapes on an executor and tells what each of their operations took.
+
+Where an executor replays a step in one piece (``neo.runtime.executor.Replaying``) its operations overlap, and
+events around each would tell times that no step of an engine takes. There the step is timed as a whole, then
+without its attention, then also without HEAD, without POST and without PRE: an operation takes what the step
+gets shorter by. So the operations add up to the step, with whatever overlap and caches it had, which neither
+events nor one operation's own replay in a chain would give; how PRE, POST and HEAD share theirs is of less
+weight, as steps have all three.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +17,33 @@ from typing import Any
 import numpy as np
 
 from neo.core.blocks import blocks_for
+from neo.core.graph import OpKind, StepGraph
 from neo.core.pipeline import compile
 from neo.core.plan import KVMove, PrefillChunk, StepPlan, SubBatch
 from neo.core.request import Request, State, Tier
 from neo.core.specs import ModelSpec
-from neo.runtime.executor import Executor, operation_names
+from neo.runtime.choice import Choice
+from neo.runtime.executor import Executor, Replaying, operation_names
 from neo.runtime.sampler_state import SamplerState
 from neo.runtime.sampling import Sampler
 from neo.runtime.sampling_params import SamplingParams
-from neo.runtime.step_inputs import prepare
+from neo.runtime.step_inputs import StepInputs, prepare
 
 Measured = dict[str, list[float]]
 """By ``KIND:sub-batch``: seconds of one operation, the mean over the step, for each measured run."""
 
+WHOLE = "STEP"
+"""In ``Measured``, of a step that was replayed: seconds of all of it."""
+
+_APART = (OpKind.GPU_ATTN, OpKind.HEAD, OpKind.POST, OpKind.PRE)  # the order in which they are left out
+
 
 @dataclass(slots=True)
 class _Known:
+    request: Request
     prompt: Sequence[int]
     tokens: Sequence[int]
+    state: SamplerState
 
 
 class Bench:
@@ -38,6 +55,7 @@ class Bench:
         block_size: tokens of a block.
         repeats: runs of each step.
         seed: of token ids.
+        replayed: time steps as they are replayed, where the executor does that.
     """
 
     def __init__(
@@ -47,8 +65,10 @@ class Bench:
         block_size: int,
         repeats: int = 1,
         seed: int = 0,
+        replayed: bool = False,
     ) -> None:
         self.executor = executor
+        self.replaying = executor if replayed and isinstance(executor, Replaying) else None
         self.model = model
         self.block_size = block_size
         self.repeats = repeats
@@ -64,6 +84,14 @@ class Bench:
         members = tuple([self.decoding(n, tier) for n in lengths])
         batch = SubBatch(gpu_decode=members) if tier is Tier.GPU else SubBatch(cpu_decode=members)
         return self.run(lambda: StepPlan((batch,)), members)
+
+    def whole(self, lengths: Sequence[int]) -> list[float]:
+        """Seconds of a step of GPU decodes as it is replayed, for each run; none where it is not."""
+        members = tuple([self.decoding(n, Tier.GPU) for n in lengths])
+        plan = StepPlan((SubBatch(gpu_decode=members),))
+        runs = [self._once(plan, apart=False).get(WHOLE, []) for _ in range(self.repeats)]
+        self._release(members)
+        return [seconds for run in runs for seconds in run]
 
     def prefill(self, start: int, length: int, tier: Tier = Tier.GPU) -> Measured:
         """One chunk."""
@@ -145,7 +173,8 @@ class Bench:
         request.state = State.PREFILL
         request.host_layers = (1 << self.model.layers) - 1 if tier is Tier.CPU else 0
         ids = self._random.integers(0, self.model.vocab, prompt + 1).tolist()
-        self._known[request.id] = _Known(ids[:-1], ids[-1:])
+        state = SamplerState(SamplingParams(temperature=0.0), (), self.model.vocab, 0)
+        self._known[request.id] = _Known(request, ids[:-1], ids[-1:], state)
         if computed:
             self.executor.tables.reserve(request, tier)
         return request
@@ -158,11 +187,17 @@ class Bench:
         self._release(members)
         return _joined(found)
 
-    def _once(self, plan: StepPlan) -> Measured:
+    def _once(self, plan: StepPlan, apart: bool = True) -> Measured:
+        """Run a step; ``apart``: what its operations take is wanted, too, where it is replayed."""
         tables = self.executor.tables
         graph = compile(plan, self.model, self.block_size)
         copies = tables.begin(plan)
-        times = self.executor.run(plan, graph, prepare(plan, tables, self._known), copies, self._sample)
+        inputs = prepare(plan, tables, self._known)
+        if self.replaying is not None and self.replaying.replays(plan, inputs):
+            found = self._replay(self.replaying, graph, inputs, _APART if apart else ())
+            tables.commit()
+            return found
+        times = self.executor.run(plan, graph, inputs, copies, self._sample)
         tables.commit()
         counts = graph.template.counts
         return {
@@ -170,9 +205,28 @@ class Bench:
             for name, seconds, count in zip(operation_names(graph), times.seconds, counts, strict=True)
         }
 
+    def _replay(
+        self, executor: Replaying, graph: StepGraph, inputs: StepInputs, kinds: Sequence[OpKind]
+    ) -> Measured:
+        """A replayed step's seconds, and what it gets shorter by without ``kinds``; EMBED is what is left."""
+        choice = Choice(self._sampler, self._known, at_once=False)  # as where steps are queued
+        # From the least on: the whole step comes last, and leaves rows and KV as they should be.
+        left_out = [frozenset(kinds[:count]) for count in range(len(kinds), -1, -1)]
+        seconds = [executor.replay(graph, inputs, choice, without) for without in left_out]
+        whole = {WHOLE: [seconds[-1]]}
+        if not kinds:
+            return whole
+        took = {OpKind.EMBED: seconds[0]}
+        for kind, without, beside in zip(reversed(kinds), seconds, seconds[1:], strict=False):
+            took[kind] = max(0.0, beside - without)
+        template = graph.template
+        return whole | {
+            name: [took.get(kind, 0.0) / count]
+            for name, kind, count in zip(operation_names(graph), template.kinds, template.counts, strict=True)
+        }
+
     def _sample(self, logits: Any, requests: tuple[str, ...]) -> None:
-        params = SamplingParams(temperature=0.0)
-        self._sampler.sample(logits, [SamplerState(params, (), self.model.vocab, 0) for _ in requests])
+        self._sampler.sample(logits, [self._known[r].state for r in requests])
 
     def _release(self, members: Sequence[Request]) -> None:
         for request in members:

@@ -1,10 +1,12 @@
 """``neo profile``: measures every operation kind of an executor into a cost table.
 
 Steps of chosen shapes run through the executor as an engine would run them; their operations' times fill the
-tables of ``neo-cost-table/1`` (docs/cost-models.md). All shapes are gone through several times, so that a
-machine whose speed drifts biases no part of the table against another, each time in another order: like a
-step of an engine, one that is measured finds the caches as a different one left them. SCHEDULE, the host's
-own time, comes from a short run of a whole engine.
+tables of ``neo-cost-table/1`` (docs/cost-models.md). Steps that the executor replays are timed as they are
+replayed (``neo.runtime.measure``): where such numbers are, others of the same size do not count.
+
+All shapes are gone through several times, so that a machine whose speed drifts biases no part of the table
+against another, each time in another order: like a step of an engine, one that is measured finds the caches
+as a different one left them. SCHEDULE, the host's own time, comes from a short run of a whole engine.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ from neo.core.pipeline import recv_bytes, send_bytes
 from neo.core.record import RunRecord
 from neo.core.request import Tier
 from neo.core.runlog import RunLog
-from neo.cost.interpolation import isotonic
 from neo.cost.table_schema import FORMAT, SHAPE_FIELDS
 from neo.runtime.engine import Engine
-from neo.runtime.measure import Bench, Measured
+from neo.runtime.measure import WHOLE, Bench, Measured
 from neo.runtime.profile_grid import Grid, from_nothing, to_corner, to_corners
+from neo.runtime.profile_samples import Samples
+from neo.runtime.profile_steps import STEP, between, check_steps
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.setup import EngineParts
 from neo.system.config import System
@@ -46,78 +49,6 @@ _SCHEDULE_SEQS = 64
 _COMPANY, _COMPANY_TOKENS = 8, 16384  # decodes beside which copies are measured, and their KV tokens
 _BESIDE = "beside"  # what is measured there: (operation, beside what)
 _OPS, _TIMES = ("CPU_ATTN:0", "SWAP_OUT:-1", "SWAP_IN:-1"), ("alone", "out", "in", "both")
-
-
-class _Samples:
-    """Seconds by table and coordinates.
-
-    More work never takes less time in a table: where medians say so they are raised, and ``raised`` is the
-    largest share by which.
-    """
-
-    def __init__(self) -> None:
-        self._found: dict[str, dict[tuple[int, ...], list[float]]] = {}
-        self.raised = 0.0
-
-    def add(self, table: str, at: tuple[int, ...], seconds: float) -> None:
-        self._found.setdefault(table, {}).setdefault(at, []).append(seconds)
-
-    def at(self, table: str, at: tuple[int, ...]) -> float:
-        """Median of what was measured there."""
-        return statistics.median(self._found[table][at])
-
-    def points(self, table: str) -> set[tuple[int, ...]]:
-        """Where it was measured."""
-        return set(self._found.get(table, ()))
-
-    def sizes(self, table: str) -> list[int]:
-        """Sizes at which a one-axis table was measured."""
-        return sorted(at[0] for at in self._found.get(table, ()))
-
-    def curve(self, table: str, axis: str) -> dict[str, Any]:
-        """A one-axis table."""
-        sizes = self.sizes(table)
-        seconds = [self.at(table, (n,)) for n in sizes]
-        if len(sizes) == 1:  # budgets leave no choice, and the format wants two: nothing takes no time
-            sizes, seconds = [0, *sizes], [0.0, *seconds]
-        return {"axes": {axis: sizes}, "seconds": self._ascending(seconds)}
-
-    def _ascending(self, seconds: Any) -> Any:
-        measured = np.asarray(seconds, dtype=np.float64)
-        fixed, _ = isotonic(measured, "")
-        shares = np.divide(fixed - measured, fixed, out=np.zeros_like(fixed), where=fixed > 0)
-        self.raised = max(self.raised, float(shares.max()))
-        return fixed.tolist()
-
-    def surface(self, table: str, axes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-        """A two-axis table; what does not fit in memory is continued with the differences of its neighbours.
-
-        No step looks there, but interpolation in the cells beside it does.
-        """
-        first, second = axes.values()
-        rows: list[list[float]] = []
-        for x in first:
-            row: list[float] = []
-            for j, y in enumerate(second):
-                if (x, y) in self._found[table]:
-                    row.append(self.at(table, (x, y)))
-                else:
-                    up, left, corner = rows[-1][j], row[-1], rows[-1][j - 1]
-                    row.append(max(up, left, up + left - corner))
-            rows.append(row)
-        lists = {name: list(values) for name, values in axes.items()}
-        return {"axes": lists, "seconds": self._ascending(rows)}
-
-    def spread(self) -> float:
-        """Median over everything measured of (third quartile - first) / median."""
-        found = []
-        for entries in self._found.values():
-            for seconds in entries.values():
-                middle = statistics.median(seconds)
-                low, high = np.quantile(seconds, (0.25, 0.75))
-                if middle > 0 and len(seconds) > 2:
-                    found.append(float(high - low) / middle)
-        return statistics.median(found) if found else 0.0
 
 
 class Profiler:
@@ -151,20 +82,22 @@ class Profiler:
             self.limits, self.room[Tier.GPU], self.room[Tier.CPU], quick, parts.max_model_len
         )
         self.rounds = _QUICK_ROUNDS if quick else _ROUNDS
-        self.samples = _Samples()
+        self.samples = Samples()
+        self.padded: tuple[int, ...] = ()  # rows of steps that are replayed
 
     def document(self, command: str) -> dict[str, Any]:
         """Measure everything; the content of a cost-table file (JSON-serialisable)."""
         engine = self.parts.engine(self.whole, timed=True)
         try:
-            bench = Bench(engine.executor, self.parts.spec, self.limits.block_size)
+            bench = Bench(engine.executor, self.parts.spec, self.limits.block_size, replayed=True)
+            self.padded = bench.replaying.sizes if bench.replaying is not None else ()
             self._measure(list(self._shapes(bench)))
             described = engine.executor.describe()
         finally:
             engine.close()
         model = self.parts.spec
         tables = {**self._tables(), "schedule": self._schedule()}
-        return {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "provenance": self._provenance(described, command),
             "model": {name: getattr(model, name) for name in ("name", *SHAPE_FIELDS)},
@@ -173,6 +106,8 @@ class Profiler:
             "tables": tables,
             "contention": self._contention(),
         }
+        document["provenance"]["steps"] = check_steps(document, self.samples)
+        return document
 
     # -- measuring ----------------------------------------------------------------------------------------
 
@@ -183,7 +118,7 @@ class Profiler:
                 self.progress(what, 0.9 * (i + k / len(steps)) / (1 + self.rounds))
                 measure()
             if i == 0:
-                self.samples = _Samples()  # first runs take longer
+                self.samples = Samples()  # first runs take longer
             random.shuffle(steps)
 
     def _shapes(self, bench: Bench) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -200,6 +135,10 @@ class Profiler:
         for n in grid.gpu_sequences:
             for kv in grid.gpu_kv:
                 yield "decode attention on the GPU", partial(self._decode, bench, Tier.GPU, n, kv)
+        if bench.replaying is not None:
+            for n in between(grid.gpu_sequences):  # and one more, as it is then that most rows are nobody's
+                for kv in between(grid.gpu_kv):
+                    yield "whole steps", partial(self._whole, bench, n + 1, kv)
         if not self.on_cpu:
             return
         for n in grid.cpu_sequences:
@@ -242,7 +181,7 @@ class Profiler:
             ("head", "HEAD:-1", rows),
         ):
             for seconds in found[name]:
-                self.samples.add(table, (size,), seconds)
+                self.samples.add(table, (size,), seconds, WHOLE in found)
 
     def _add(self, table: str, at: tuple[int, ...], seconds: list[float], scale: float = 1.0) -> None:
         for value in seconds:
@@ -256,12 +195,10 @@ class Profiler:
     def _decode(self, bench: Bench, tier: Tier, sequences: int, kv_tokens: int) -> None:
         """Decode attention; where blocks do not suffice for ``kv_tokens``, of fewer, scaled up."""
         table, name = ("gpu_attn_decode", "GPU_ATTN:0") if tier is Tier.GPU else ("cpu_attn", "CPU_ATTN:0")
-        size = self.limits.block_size
-        n = min(sequences, self.room[tier] // size)  # fewer only where the axis has one value too many
-        fitting = (self.room[tier] // size // n) * size * n
-        read = max(min(kv_tokens, fitting), n)
-        each, more = divmod(read, n)
-        found = bench.decode([each + (i < more) for i in range(n)], tier)
+        lengths = self._lengths(tier, sequences, kv_tokens)
+        n, read = len(lengths), sum(lengths)
+        found = bench.decode(lengths, tier)
+        self._add(STEP, (n, read), found.get(WHOLE, []))
         if tier is Tier.GPU:
             self._dense(found, n, n)
         else:
@@ -270,6 +207,19 @@ class Profiler:
             self._add("send", (send_bytes(n, spec),), found["SEND:0"])
             self._add("recv", (recv_bytes(n, spec),), found["RECV:0"])
         self._add(table, (sequences, kv_tokens), found[name], max(1.0, kv_tokens / read))
+
+    def _lengths(self, tier: Tier, sequences: int, kv_tokens: int) -> list[int]:
+        """``kv_tokens`` dealt out to ``sequences``, as far as a tier has blocks; at least a token to each."""
+        size = self.limits.block_size
+        n = min(sequences, self.room[tier] // size)  # fewer only where the axis has one value too many
+        fitting = (self.room[tier] // size // n) * size * n
+        each, more = divmod(max(min(kv_tokens, fitting), n), n)
+        return [each + (i < more) for i in range(n)]
+
+    def _whole(self, bench: Bench, sequences: int, kv_tokens: int) -> None:
+        """A step between the sizes of the tables, to be held against them."""
+        lengths = self._lengths(Tier.GPU, sequences, kv_tokens)
+        self._add(STEP, (len(lengths), sum(lengths)), bench.whole(lengths))
 
     def _swap(self, bench: Bench, tokens: int) -> None:
         room = self.room[Tier.GPU] - self.limits.block_size
@@ -299,10 +249,10 @@ class Profiler:
     def _tables(self) -> dict[str, Any]:
         grid, samples = self.grid, self.samples
         tables = {
-            "embed": samples.curve("embed", "tokens"),
-            "pre": samples.curve("pre", "tokens"),
-            "post": samples.curve("post", "tokens"),
-            "head": samples.curve("head", "sequences"),
+            "embed": samples.curve("embed", "tokens", self.padded),
+            "pre": samples.curve("pre", "tokens", self.padded),
+            "post": samples.curve("post", "tokens", self.padded),
+            "head": samples.curve("head", "sequences", self.padded),
             "gpu_attn_prefill": samples.surface(
                 "gpu_attn_prefill", {"length": grid.tokens, "start": grid.starts}
             ),

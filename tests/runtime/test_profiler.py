@@ -25,8 +25,9 @@ from neo.cost.loading import load_cost_model
 from neo.cost.profiled import Profiled
 from neo.cost.table_schema import AXES, check_table
 from neo.runtime.engine_config import EngineConfig
-from neo.runtime.profile import Profiler, _Samples
+from neo.runtime.profile import Profiler
 from neo.runtime.profile_grid import Grid, corner, powers, to_corners, within
+from neo.runtime.profile_samples import Samples
 from neo.runtime.setup import EngineParts
 
 LIMITS = Limits(block_size=16, max_seqs=24, max_batch_tokens=96)
@@ -239,7 +240,7 @@ def test_tables_go_on_to_the_corners_of_a_policys_cells() -> None:
 
 
 def test_tables_hold_medians() -> None:
-    samples = _Samples()
+    samples = Samples()
     for seconds in (5.0, 1.0, 100.0):
         samples.add("pre", (4,), seconds)
     samples.add("pre", (1,), 2.0)
@@ -248,7 +249,7 @@ def test_tables_hold_medians() -> None:
 
 
 def test_a_size_that_could_not_be_measured_continues_its_neighbours() -> None:
-    samples = _Samples()
+    samples = Samples()
     for at, seconds in {(1, 0): 1.0, (1, 8): 3.0, (4, 0): 2.0}.items():
         samples.add("t", at, seconds)
     found = samples.surface("t", {"length": (1, 4), "start": (0, 8)})
@@ -256,6 +257,6 @@ def test_a_size_that_could_not_be_measured_continues_its_neighbours() -> None:
 
 
 def test_a_single_size_gets_a_second_point() -> None:
-    samples = _Samples()
+    samples = Samples()
     samples.add("stream", (64,), 3.0)
     assert samples.curve("stream", "bytes") == {"axes": {"bytes": [0, 64]}, "seconds": [0.0, 3.0]}
