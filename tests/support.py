@@ -401,9 +401,7 @@ class Chaos:
     accounting is a bug of the core.
     """
 
-    def __init__(
-        self, seed: int, staging_layers: int = 1, rejects: float = 0.0, relays: float = 0.3
-    ) -> None:
+    def __init__(self, seed: int, staging_layers: int = 1, rejects: float = 0.0, relays: float = 0.3) -> None:
         self.random = Random(seed)
         self.relays = relays
         self.relaying = False

@@ -9,7 +9,7 @@ namespace {
 
 using neo::fail;
 
-constexpr int32_t MAX_STAGES = 8;
+constexpr int32_t MAX_STAGES = 1024;
 
 neo_cpu_status check(const neo_cpu_handover &handover) noexcept {
     if (handover.size != sizeof(handover))

@@ -32,7 +32,7 @@ extern "C" {
 #pragma GCC visibility push(default)
 #endif
 
-#define NEO_CUDA_ABI 5
+#define NEO_CUDA_ABI 6
 
 typedef enum neo_cuda_status {
     NEO_CUDA_OK = 0,
@@ -406,6 +406,44 @@ typedef struct neo_cuda_await {
 } neo_cuda_await;
 
 neo_cuda_status neo_cuda_await_rows(const neo_cuda_await *args, void *stream);
+
+/*
+ * Relayed decodes go a layer further each time the device passes there: rows leave a layer behind its rotary embedding
+ * and are taken up by the next step at the same place. For each of `rows` rows, in the channel of the layer:
+ *   - row of `hidden` and row of `kept` change places;
+ *   - cos and sin become next_cos and next_sin (angle_bytes 0: they stay), for the rotary embedding of the layer behind;
+ *   - once *answer has reached the last number posted, `came` (pinned) is copied to `out`;
+ *   - then [q row | k row | v row] to `packed` (pinned), and *request is set to the next number.
+ * So an answer is waited for before the post, not behind it, and answers what the step before has posted; the first
+ * time there is nothing to wait for. Sizes are bytes, multiples of 16. A late answer: as above, kept rows are lost.
+ */
+typedef struct neo_cuda_relay {
+    size_t size;
+    const neo_cuda_channel *channel;
+    const void *q, *k, *v;
+    int64_t q_stride, k_stride, v_stride; /* bytes between rows */
+    void *packed;                         /* pinned */
+    int64_t packed_stride;
+    const void *came; /* pinned, rows of q_bytes */
+    int64_t came_stride;
+    void *out;
+    int64_t out_stride;
+    void *hidden, *kept;
+    int64_t hidden_stride, kept_stride;
+    void *cos, *sin;
+    int64_t angle_stride;
+    const void *next_cos, *next_sin;
+    int64_t next_stride;
+    int64_t timeout_us;
+    int32_t rows;
+    int32_t q_bytes; /* of a row */
+    int32_t kv_bytes;
+    int32_t hidden_bytes;
+    int32_t angle_bytes;
+    int32_t ctas; /* 0: by size, 1 to 16 */
+} neo_cuda_relay;
+
+neo_cuda_status neo_cuda_relay_rows(const neo_cuda_relay *args, void *stream);
 
 #if defined(__GNUC__)
 #pragma GCC visibility pop

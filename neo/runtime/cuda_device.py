@@ -145,7 +145,12 @@ class CudaDevice:
                 tuned.prepare_all(limits.max_batch_tokens)
             self._tuned = model, tuned
         options = CudaExecutorOptions(
-            limits.max_batch_tokens, limits.max_seqs, self.cpu_threads, self.cpu_cores, self.graphs
+            limits.max_batch_tokens,
+            limits.max_seqs,
+            self.cpu_threads,
+            self.cpu_cores,
+            self.graphs,
+            limits.relay_rows,
         )
         return CudaExecutor(model, tables, options, staging, slices_of, timed, self._tuned[1])
 

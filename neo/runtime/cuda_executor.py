@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from neo.core.graph import OpKind, StepGraph
+from neo.core.graph import RELAY, OpKind, StepGraph
 from neo.core.plan import StepPlan
 from neo.core.request import Tier
 from neo.runtime import cuda_library
@@ -48,6 +48,7 @@ class CudaExecutorOptions:
         max_decodes: requests of a step at most.
         cpu_threads, cpu_cores: of CPU attention.
         graphs: replay steps that only decode as CUDA graphs.
+        relay_rows: rows of relayed decodes at most.
     """
 
     max_rows: int
@@ -55,6 +56,7 @@ class CudaExecutorOptions:
     cpu_threads: int = 1
     cpu_cores: tuple[int, ...] | None = None
     graphs: bool = True
+    relay_rows: int = 0
 
 
 class CudaExecutor:
@@ -98,7 +100,9 @@ class CudaExecutor:
             most = options.max_rows, decodes
             self._tuned = tuned or Tuned(model.weights)
             memory = self.gpu, self.cpu
-            self._ops = Operations(model, tables, memory, self._main, most, self._tuned, standing)
+            lanes = 1 << (options.relay_rows - 1).bit_length() if options.relay_rows else 0
+            self._decodes = decodes
+            self._ops = Operations(model, tables, memory, self._main, most, self._tuned, lanes, standing)
             if tables.cpu.total:
                 self._ops.host = HostAttention(
                     self.cpu, tables.cpu, options.cpu_threads, options.cpu_cores, config.layers
@@ -206,7 +210,8 @@ class CudaExecutor:
         """What operations of a step that has ended took, as far as it was measured."""
         answers: dict[int, npt.NDArray[np.int64]] = {}
         if told is not None:
-            answers = {b: told.times[:, i] for i, b in enumerate(_with_cpu(inputs))}
+            seconds = told.seconds()
+            answers = {b: seconds[:, i] for i, b in enumerate(_with_cpu(inputs))}
         if timeline is not None:
             for work, found in timeline.slices(number, answers):
                 times.seconds[work] += found.end_s - found.start_s
@@ -215,6 +220,8 @@ class CudaExecutor:
             if number < self.slices_of:
                 for batch, seconds in answers.items():
                     times.slices += host_slices(number, batch, seconds)
+        if inputs.batches[0].relay is not None and OpKind.CPU_ATTN not in graph.template.kinds:
+            answers.clear()  # nobody came back yet
         for batch, seconds in answers.items():
             taken = float((seconds[:, 1] - seconds[:, 0]).sum()) * 1e-9
             times.seconds[work_of(graph.template, OpKind.CPU_ATTN, batch)] = taken
@@ -236,11 +243,12 @@ class CudaExecutor:
 
     def _replay(self, graph: StepGraph, inputs: StepInputs, without: frozenset[OpKind] = frozenset()) -> None:
         """Run a step of decodes alone as a CUDA graph, captured the first time."""
-        layouts = padded(inputs.batches, [r.capacity for r in self._ops.rows[: len(inputs.batches)]])
+        most = [r.capacity for r in self._ops.rows[: len(inputs.batches)]]
+        layouts = padded(inputs.batches, most, self._decodes)
         rows = [at.rows for at in layouts]
         self._tune(rows, sum(rows))
         self._ops.prepare_decodes(layouts)
-        key = (graph.template, without, *((at.gpu_rows, at.cpu_rows) for at in layouts))
+        key = (graph.template, without, *((at.gpu_rows, at.cpu_rows, at.relay_rows) for at in layouts))
         generation = self._ops.mirror.generation
         run = self._graphs.replay(key, generation, lambda: self._ops.captured(graph.template, without))
         if (logits := run()) is not None:
@@ -290,4 +298,6 @@ def _only_decodes(plan: StepPlan, inputs: StepInputs) -> bool:
 
 
 def _with_cpu(inputs: StepInputs) -> list[int]:
+    if inputs.batches[0].relay is not None:
+        return [RELAY]
     return [i for i, b in enumerate(inputs.batches) if len(b.cpu)]

@@ -62,14 +62,23 @@ class Graphs:
         return run
 
 
-def padded(batches: Sequence[BatchInputs], most: Sequence[int]) -> list[Layout]:
-    """Layouts of sub-batches of decodes, the GPU's first, padded as far as ``most`` rows allow."""
+def padded(batches: Sequence[BatchInputs], most: Sequence[int], decodes: int) -> list[Layout]:
+    """Layouts of sub-batches of decodes, the GPU's first, padded as far as ``most`` rows allow.
+
+    Relayed ones are the last. ``decodes``: on the GPU at most, those of nobody included.
+    """
     found = []
     for batch, rows in zip(batches, most, strict=True):
         gpu, cpu = padded_rows(len(batch.gpu)), padded_rows(len(batch.cpu))
-        if gpu + cpu > rows:
+        lanes = 0
+        if batch.relay is not None:
+            lanes = 1 << (batch.relay.lanes - 1).bit_length()
+            if gpu:  # products are tuned for some numbers of rows: all of them together should be one
+                together = padded_rows(len(batch.gpu) + lanes) - lanes
+                gpu = together if together <= decodes else gpu
+        if gpu + cpu + lanes > rows:
             gpu, cpu = len(batch.gpu), len(batch.cpu)
-        found.append(Layout(gpu + cpu, 0, gpu, gpu, cpu))
+        found.append(Layout(gpu + cpu + lanes, 0, gpu, gpu, cpu, gpu + cpu, lanes))
     return found
 
 
@@ -80,5 +89,8 @@ def valid_rows(logits: Tensor, inputs: StepInputs, layouts: Sequence[Layout]) ->
     index, first = [], 0
     for batch, at in zip(inputs.batches, layouts, strict=True):
         index += [first + np.arange(len(batch.gpu)), first + at.cpu + np.arange(len(batch.cpu))]
+        if (relay := batch.relay) is not None:
+            ending = [row - relay.row for row in batch.sampled if row >= relay.row]
+            index.append(first + at.relay + np.array(ending, dtype=np.int64))
         first += at.rows
     return logits.index_select(0, to_device(np.concatenate(index).astype(np.int32), logits.device))

@@ -8,9 +8,11 @@ layers, appends, attends and answers. No Python runs in between.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from neo.runtime import cpu_library as c
@@ -19,12 +21,13 @@ from neo.runtime.block_tables import TierBlocks
 from neo.runtime.cpu_kernels import Pool
 from neo.runtime.cpu_worker import Worker
 from neo.runtime.cuda_kernels import Launch
+from neo.runtime.cuda_transfers import Channel
 from neo.runtime.errors import EngineError
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.native_args import fill_append, fill_decode
-from neo.runtime.step_inputs import DecodeRows
+from neo.runtime.step_inputs import DecodeRows, RelayRows
 
-_TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0
 """How long each side waits for the other before it gives the step up: far longer than any layer takes."""
 
 
@@ -54,7 +57,7 @@ class HandOver:
         """The device's kernels, for rows of these buffers; ``place`` says which rows."""
         n = len(self.packed)
         self.post = transfers.post_rows(self.channel, q[:n], k[:n], v[:n], self.packed)
-        self.wait = transfers.await_rows(self.channel, self.answer, out[:n], _TIMEOUT_S)
+        self.wait = transfers.await_rows(self.channel, self.answer, out[:n], TIMEOUT_S)
         by, args = q.element_size(), self.post.args
         self._base = (args.q, args.k, args.v, self.wait.args.out)
         self._strides = (args.q_stride, args.k_stride, args.v_stride, out.stride(0) * by)
@@ -71,14 +74,31 @@ class HandOver:
 
 
 class Submitted:
-    """A step's job: what it was told, and ``times`` [layers, sub-batches, (begin, end)] in nanoseconds."""
+    """A step's job: what it was told, and when the host did it.
 
-    def __init__(self, parts: Sequence[tuple[HandOver, DecodeRows]], layers: int) -> None:
-        self.parts = parts
-        self.times = np.zeros((layers, len(parts), 2), dtype=np.int64)
-        self.job = c.Job()
+    Attributes:
+        channels: by which it hands over.
+        keep: what the job points to.
+    """
+
+    def __init__(self, channels: Sequence[Channel], job: c.Job) -> None:
+        self.channels = channels
+        self.job = job
         self.ticket = 0
-        self.keep: list[object] = []  # what the job points to
+        self.keep: list[object] = []
+        self.times: Callable[[], npt.NDArray[np.int64]] = lambda: np.zeros((0, 0, 2), dtype=np.int64)
+
+    def seconds(self) -> npt.NDArray[np.int64]:
+        """[layers, sub-batches, (begin, end)] in nanoseconds, once it has ended."""
+        return self.times()
+
+
+class HostRelay(Protocol):
+    """Tells what relayed decodes need of a step (``neo.runtime.cuda_relay``)."""
+
+    def job(self, rows: RelayRows) -> Submitted:
+        """CPU attention of all layers, to be submitted."""
+        ...
 
 
 class HostAttention:
@@ -96,7 +116,7 @@ class HostAttention:
         self.memory, self.tier, self.layers = memory, tier, layers
         self._pool = Pool(threads, cores, spin_us=200)
         self._worker = Worker(
-            self._pool, cores[0] if cores is not None else -1, spin_us=200, flag_timeout_s=_TIMEOUT_S
+            self._pool, cores[0] if cores is not None else -1, spin_us=200, flag_timeout_s=TIMEOUT_S
         )
 
     def submit(self, parts: Sequence[tuple[HandOver, DecodeRows]]) -> Submitted:
@@ -105,9 +125,11 @@ class HostAttention:
         The step before may still run.
         """
         stages = (c.Stage * len(parts))()
-        told = Submitted(parts, self.layers)
+        told = Submitted([over.channel for over, _ in parts], c.Job())
+        times = np.zeros((self.layers, len(parts), 2), dtype=np.int64)
+        told.times = lambda: times
         keep = told.keep
-        keep.append(stages)
+        keep += [stages, times]
         for stage, (over, rows) in zip(stages, parts, strict=True):
             n, tables = len(rows), self.tier.tables
             positions = rows.positions
@@ -123,20 +145,24 @@ class HostAttention:
             stage.first = (over.asked + 1) & 0xFFFFFFFF
             stage.layer_stride = tables.strides[0] // tables.itemsize
             over.asked += self.layers
-        handover = c.Handover(
-            stages=stages, n_stages=len(parts), layers=self.layers, times=told.times.ctypes.data
-        )
+        handover = c.Handover(stages=stages, n_stages=len(parts), layers=self.layers, times=times.ctypes.data)
         keep.append(handover)
         told.job.handover = ctypes.pointer(handover)
         told.ticket = self._worker.submit(told.job)
         return told
 
+    def submit_relay(self, relay: HostRelay, rows: RelayRows) -> Submitted:
+        """The same for a step with relayed decodes: attention that waits for nothing of this step."""
+        told = relay.job(rows)
+        told.ticket = self._worker.submit(told.job)
+        return told
+
     def finish(self, told: Submitted) -> None:
         """After the device has ended the step. EngineError if either side gave it up."""
-        failed = any(over.channel.failed for over, _ in told.parts)
-        ended = self._worker.await_end(told.ticket, _TIMEOUT_S) != c.TIMEOUT
+        failed = any(channel.failed for channel in told.channels)
+        ended = self._worker.await_end(told.ticket, TIMEOUT_S) != c.TIMEOUT
         if told.job.status or failed or not ended:
-            said = told.job.message.decode(errors="replace") or f"no answer within {_TIMEOUT_S:g} s"
+            said = told.job.message.decode(errors="replace") or f"no answer within {TIMEOUT_S:g} s"
             raise EngineError(f"CPU_ATTN failed: {said}")
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from neo.runtime.cpu_library import Sized
 
-ABI = 5
+ABI = 6
 LIBRARY_VARIABLE = "NEO_CUDA_LIBRARY"
 _NAME = "libneo_cuda.so"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -254,6 +254,44 @@ class Await(Sized):
     )
 
 
+class Relay(Sized):
+    """``neo_cuda_relay``."""
+
+    _fields_ = (
+        ("size", c_size_t),
+        ("channel", POINTER(Channel)),
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("q_stride", c_int64),
+        ("k_stride", c_int64),
+        ("v_stride", c_int64),
+        ("packed", c_void_p),
+        ("packed_stride", c_int64),
+        ("came", c_void_p),
+        ("came_stride", c_int64),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+        ("hidden", c_void_p),
+        ("kept", c_void_p),
+        ("hidden_stride", c_int64),
+        ("kept_stride", c_int64),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("angle_stride", c_int64),
+        ("next_cos", c_void_p),
+        ("next_sin", c_void_p),
+        ("next_stride", c_int64),
+        ("timeout_us", c_int64),
+        ("rows", c_int32),
+        ("q_bytes", c_int32),
+        ("kv_bytes", c_int32),
+        ("hidden_bytes", c_int32),
+        ("angle_bytes", c_int32),
+        ("ctas", c_int32),
+    )
+
+
 class LinearShape(Sized):
     """``neo_cuda_linear_shape``."""
 
@@ -335,6 +373,7 @@ LAUNCHES: dict[str, type[Sized]] = {
     "neo_cuda_copy_blocks": Copy,
     "neo_cuda_copy_runs": Copy,
     "neo_cuda_post_rows": Post,
+    "neo_cuda_relay_rows": Relay,
     "neo_cuda_await_rows": Await,
 }
 """Functions that take their arguments and a stream."""

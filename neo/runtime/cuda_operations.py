@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neo.core.graph import RESOURCE_OF, OpKind, Resource, Template
+from neo.core.graph import RELAY, RESOURCE_OF, OpKind, Resource, Template
 from neo.core.plan import StepPlan
 from neo.runtime import cuda_kernels as kernels
 from neo.runtime.block_tables import BlockTables, Copies, Ints
@@ -23,6 +23,7 @@ from neo.runtime.cuda_host import HandOver, HostAttention, Submitted
 from neo.runtime.cuda_linear import Tuned
 from neo.runtime.cuda_memory import TableMirror
 from neo.runtime.cuda_program import COPIES, ORDERED, Step, program
+from neo.runtime.cuda_relay import HostRelay, Relay
 from neo.runtime.cuda_rows import Layout, Rows
 from neo.runtime.cuda_step import LayerCopies, Special, Way, special_rows, to_device
 from neo.runtime.cuda_timeline import Timeline
@@ -47,6 +48,7 @@ class Operations:
         main: the stream of everything but copies.
         most: rows and decodes of a step at most.
         tuned: the model's matrix products.
+        relay_lanes: rows of relayed decodes at most, among others of a step.
         standing: staging blocks [buffers, blocks] that are always there.
 
     Attributes:
@@ -64,6 +66,7 @@ class Operations:
         main: torch.cuda.Stream,
         most: tuple[int, int],
         tuned: Tuned,
+        relay_lanes: int,
         standing: Ints,
     ) -> None:
         self.model, self.tables, self.tuned = model, tables, tuned
@@ -72,14 +75,18 @@ class Operations:
         config, device = model.config, model.device
         (gpu, cpu), (rows, decodes) = memory, most
         self.streams = {Resource.H2D: new_stream(device), Resource.D2H: new_stream(device)}
-        self.rows = [Rows(model, gpu, rows, decodes, tuned.layers)]
+        self.rows = [Rows(model, gpu, rows + relay_lanes, decodes, tuned.layers)]
         self._over: list[HandOver] = []
+        self._relay: Relay | None = None
         if tables.cpu.total:
             self.rows.append(Rows(model, gpu, decodes, 0, tuned.layers))
             for own in self.rows:
                 over = HandOver(decodes, config.heads, config.kv_heads, config.head_dim, model.dtype, device)
                 over.describe(own.q, own.k, own.v, own.attended)
                 self._over.append(over)
+            if relay_lanes:
+                self._relay = Relay(model, self.rows[0], relay_lanes)
+                self._host_relay = HostRelay(self._relay, cpu, tables.cpu, config.heads)
         self.host: HostAttention | None = None
         self.mirror = TableMirror(tables.gpu, device)
         self._copying = LayerCopies(gpu, cpu, device)
@@ -102,7 +109,7 @@ class Operations:
         if self.host is not None:
             self.host.close()
             self.host = None
-        self.rows, self._over = [], []
+        self.rows, self._over, self._relay = [], [], None
 
     def begin(self, inputs: StepInputs, sample: Sample) -> None:
         """The next step's inputs, and what chooses its tokens."""
@@ -129,6 +136,11 @@ class Operations:
                 self._over[i].place(at.cpu, at.cpu_rows, counts)
                 parts.append((self._over[i], batch.cpu))
         self.told = self.host.submit(parts) if parts and self.host is not None else None
+        if (relayed := inputs.batches[0].relay) is not None:
+            assert self._relay is not None
+            assert self.host is not None
+            self._relay.begin(relayed, layouts[0].relay, layouts[0].relay_rows)
+            self.told = self.host.submit_relay(self._host_relay, relayed)
 
     def captured(self, template: Template, without: frozenset[OpKind] = frozenset()) -> Tensor | None:
         """Launch a step while its stream is being captured; logits of all rows, nobody's too.
@@ -229,7 +241,7 @@ class Operations:
         if copied:
             for event in self._events(step.waits):
                 self._main.wait_event(event)
-        if kind is OpKind.RECV:
+        if kind is OpKind.RECV or batch == RELAY:
             self._waiting[batch] = (step, layer)
             return
         with self._measure(step, layer, self._main):
@@ -282,6 +294,8 @@ class Operations:
     def _embed(self, _batch: int, _layer: int) -> None:
         for rows, at in zip(self.rows, self._layouts, strict=False):
             rows.begin(at, self.mirror.latest)
+        if self._layouts[0].relay_rows and self._relay is not None:
+            self._relay.turn()
 
     def _pre(self, batch: int, layer: int) -> None:
         """PRE of a sub-batch."""
@@ -336,6 +350,10 @@ class Operations:
         if (awaited := self._waiting.pop(batch, None)) is not None:
             with self._measure(*awaited, self._main):
                 self._receive(batch, layer)
+        if batch == 0 and (relayed := self._waiting.pop(RELAY, None)) is not None:
+            assert self._relay is not None
+            with self._measure(*relayed, self._main):
+                self._relay.exchange(layer)
         self.rows[batch].post(layer, self.model.weights.layers[layer])
 
     def _head(self, _batch: int, _layer: int) -> None:
@@ -369,4 +387,6 @@ def new_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _layout(batch: BatchInputs) -> Layout:
-    return Layout(len(batch.tokens), batch.gpu.row, len(batch.gpu), batch.cpu.row, len(batch.cpu))
+    cpu, relay = batch.cpu, batch.relay
+    relayed = (0, 0) if relay is None else (relay.row, relay.lanes)
+    return Layout(len(batch.tokens), batch.gpu.row, len(batch.gpu), cpu.row, len(cpu), *relayed)

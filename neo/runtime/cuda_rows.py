@@ -31,6 +31,7 @@ class Layout:
         rows: in all.
         gpu, gpu_rows: first row and number of the decodes on the GPU.
         cpu, cpu_rows: of those on the CPU.
+        relay, relay_rows: of relayed ones.
     """
 
     rows: int
@@ -38,6 +39,8 @@ class Layout:
     gpu_rows: int
     cpu: int
     cpu_rows: int
+    relay: int = 0
+    relay_rows: int = 0
 
 
 class Inputs:
@@ -84,6 +87,10 @@ class Inputs:
                 tokens[to] = batch.tokens[source.rows]
                 positions[to] = source.positions
             slots[at.gpu : at.gpu + len(d)] = d.slots
+            if (relay := batch.relay) is not None:
+                to = slice(at.relay, at.relay + relay.lanes)
+                tokens[to] = batch.tokens[relay.rows]
+                positions[to] = batch.positions[relay.rows]
         self.decode_lengths[: at.gpu_rows].fill(0)
         self.decode_slots[: at.gpu_rows].fill(0)
         self.decode_lengths[: len(d)] = d.lengths

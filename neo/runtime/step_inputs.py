@@ -2,9 +2,9 @@
 
 Rows of a sub-batch stand in this order, so that each role is one run of rows: chunks whose KV stays on the
 GPU, GPU decodes, streamed decodes, chunks bound for the CPU, CPU decodes, relayed decodes. Requests that are
-swapped in during the step come last among the GPU decodes, and their chunks behind them: a block that is still
-on its way would overwrite what PRE wrote into it, so their new KV is appended *late*, when attention has
-waited for the copy.
+swapped in during the step come last among the GPU decodes, and their chunks behind them: a block that is
+still on its way would overwrite what PRE wrote into it, so their new KV is appended *late*, when attention
+has waited for the copy.
 """
 
 from __future__ import annotations

@@ -98,7 +98,9 @@ def cuda_executor(
     """An executor on a GPU, for a model that is there."""
     from neo.runtime.cuda_executor import CudaExecutor, CudaExecutorOptions
 
-    options = CudaExecutorOptions(limits.max_batch_tokens, limits.max_seqs, threads, graphs=graphs)
+    options = CudaExecutorOptions(
+        limits.max_batch_tokens, limits.max_seqs, threads, graphs=graphs, relay_rows=limits.relay_rows
+    )
     return CudaExecutor(model, tables, options, staging, slices_of)
 
 

@@ -57,6 +57,16 @@ def test_neo_offloads_swaps_and_pipelines_here(reference: Reference, graphs: boo
     assert record.bytes_h2d > 0
 
 
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "launches"])
+@pytest.mark.parametrize("seed", range(4))
+def test_relayed_decodes_generate_the_same(reference: Reference, seed: int, graphs: bool) -> None:
+    record = RunRecord()
+    policy = ToFinish(seed, relays=0.9)
+    engine = engine_of(reference, policy, gpu=16, cpu=60, ahead=seed % 2 == 1, record=record, graphs=graphs)
+    serve(reference, engine, seed, abort=0.03)
+    assert list(record.columns.mode).count(Mode.RELAYED) > 50
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_any_plan_that_keeps_the_rules_generates_the_same(reference: Reference, seed: int) -> None:
     """Random chunks, swaps of layer ranges, streams, evictions: all that the plan language can say."""

@@ -1,0 +1,258 @@
+"""Relayed decodes of the ``cuda`` executor: rows that wait in a layer, the host's attention between steps.
+
+A kernel per layer lets rows change places (``kernels/cuda/relay.cu``): those that did the layer's PRE leave
+their residual stream in device memory and q, k, v in pinned memory; those that left it there a step before
+come back, with what the CPU has made of it meanwhile. Each layer has a channel of its own, posted to once a
+step and answered in the next: no kernel waits for the CPU unless it takes longer than a whole step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from neo.runtime import cpu_library as cpu
+from neo.runtime import cuda_kernels as kernels
+from neo.runtime import cuda_library as c
+from neo.runtime.block_tables import Ints, TierBlocks
+from neo.runtime.cuda_host import TIMEOUT_S, Submitted
+from neo.runtime.cuda_kernels import Launch
+from neo.runtime.cuda_rows import Rows
+from neo.runtime.cuda_transfers import Channel
+from neo.runtime.kv_memory import KVMemory
+from neo.runtime.model import Model
+from neo.runtime.native_args import fill_append, fill_decode
+from neo.runtime.step_inputs import RelayRows
+
+_IN_FLIGHT = 3  # jobs whose arguments are kept: of the step that runs, of one behind it, and one to spare
+
+
+class Relay:
+    """What lies in every layer, and the kernel that exchanges it.
+
+    Args:
+        model: on the GPU.
+        rows: of the sub-batch that has relayed decodes.
+        lanes: rows of them at most.
+
+    Attributes:
+        packed: [layers, lanes, (heads + 2 kv_heads) head_dim], pinned: what the device writes.
+        answer: [layers, lanes, heads head_dim], pinned: what it reads.
+        channels: of the layers.
+        asked: steps that have posted, or will: the number of each channel.
+    """
+
+    def __init__(self, model: Model, rows: Rows, lanes: int) -> None:
+        config, device, dtype = model.config, model.device, model.dtype
+        self.layers, self.lanes = config.layers, lanes
+        self._rows = rows
+        width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        shape = (config.layers, lanes)
+        self.packed = torch.zeros((*shape, width), dtype=dtype).pin_memory()
+        self.answer = torch.zeros((*shape, config.heads * config.head_dim), dtype=dtype).pin_memory()
+        self.channels = [Channel(device) for _ in range(config.layers)]
+        self.asked = 0
+        self._kept = torch.zeros((*shape, config.hidden), dtype=dtype, device=device)
+        count = config.layers * lanes
+        self._positions = torch.zeros(count, dtype=torch.int32, device=device)
+        self._hosts = [torch.zeros(count, dtype=torch.int32).pin_memory() for _ in range(2)]
+        self._cos, self._sin = (
+            torch.zeros((count, config.head_dim), dtype=dtype, device=device) for _ in range(2)
+        )
+        rotary = model.rotary
+        self._angles = kernels.rope_angles(self._positions, rotary.signed, rotary.scale, self._cos, self._sin)
+        self._launch = self._describe()
+
+    def _describe(self) -> Launch:
+        rows, by = self._rows, self._kept.element_size()
+        args = c.Relay(
+            q_stride=rows.q.stride(0) * by,
+            k_stride=rows.k.stride(0) * by,
+            v_stride=rows.v.stride(0) * by,
+            packed_stride=self.packed.stride(1) * by,
+            came_stride=self.answer.stride(1) * by,
+            out_stride=rows.attended.stride(0) * by,
+            hidden_stride=rows.hidden.stride(0) * by,
+            kept_stride=self._kept.stride(1) * by,
+            angle_stride=rows.cos.stride(0) * by,
+            next_stride=self._cos.stride(0) * by,
+            timeout_us=round(TIMEOUT_S * 1e6),
+            q_bytes=self.answer.shape[2] * by,
+            kv_bytes=(self.packed.shape[2] - self.answer.shape[2]) // 2 * by,
+            hidden_bytes=self._kept.shape[2] * by,
+        )
+        return Launch("neo_cuda_relay_rows", args, (self, self.channels, self._kept))
+
+    @property
+    def failed(self) -> bool:
+        """Whether an answer did not come in time."""
+        return any(channel.failed for channel in self.channels)
+
+    def begin(self, given: RelayRows, row: int, lanes: int) -> None:
+        """The next step's, in ``lanes`` rows from ``row`` on, some of them nobody's; on the current stream."""
+        self._hosts.reverse()
+        host = self._hosts[0].numpy().reshape(self.layers, self.lanes)
+        host[:, : given.lanes] = given.lengths[: self.layers] - 1
+        self._positions.copy_(self._hosts[0], non_blocking=True)
+        args, rows, by = self._launch.args, self._rows, self._kept.element_size()
+        args.rows = lanes
+        for name, buffer in (("q", rows.q), ("k", rows.k), ("v", rows.v)):
+            setattr(args, name, buffer.data_ptr() + row * buffer.stride(0) * by)
+        for name, buffer in (
+            ("out", rows.attended),
+            ("hidden", rows.hidden),
+            ("cos", rows.cos),
+            ("sin", rows.sin),
+        ):
+            setattr(args, name, buffer.data_ptr() + row * buffer.stride(0) * by)
+
+    def turn(self) -> None:
+        """Angles of every layer's rows."""
+        self._angles()
+
+    def exchange(self, layer: int) -> None:
+        """Between a layer's PRE and its POST."""
+        args, by = self._launch.args, self._kept.element_size()
+        args.channel = ctypes.pointer(self.channels[layer].struct)
+        args.packed = self.packed.data_ptr() + layer * self.packed.stride(0) * by
+        args.came = self.answer.data_ptr() + layer * self.answer.stride(0) * by
+        args.kept = self._kept.data_ptr() + layer * self._kept.stride(0) * by
+        behind = layer + 1
+        args.angle_bytes = 0 if behind == self.layers else self._cos.shape[1] * by
+        if behind < self.layers:
+            first = behind * self.lanes * self._cos.stride(0) * by
+            args.next_cos, args.next_sin = self._cos.data_ptr() + first, self._sin.data_ptr() + first
+        self._launch()
+
+
+class _Run(NamedTuple):
+    """Neighbouring lanes of a layer: attention of one of the host's stages."""
+
+    layer: int
+    first: int
+    lanes: int
+
+
+class _Arguments:
+    """A job's structs, described once; a step changes what differs.
+
+    One stage a layer; further ones where its lanes have gaps.
+    """
+
+    def __init__(self, relay: Relay, memory: KVMemory, heads: int) -> None:
+        layers, lanes = relay.layers, relay.lanes
+        most = layers * (1 + lanes // 2)
+        dim, kv_heads = memory.head_dim, memory.kv_heads
+        self.numbers: Ints = np.zeros((3, layers, lanes), dtype=np.int32)  # slots, positions, lengths
+        self.stages = (cpu.Stage * most)()
+        self.appends, self.decodes = (cpu.Append * most)(), (cpu.Decode * most)()
+        self.times = np.zeros((most, 2), dtype=np.int64)
+        table = np.zeros((1, 1), dtype=np.int32)
+        packed = relay.packed[0, :1]
+        q = packed[:, : heads * dim].view(1, heads, dim)
+        k = packed[:, heads * dim : (heads + kv_heads) * dim].view(1, kv_heads, dim)
+        out, one = relay.answer[0, :1].view(1, heads, dim), self.numbers[0, 0, :1]
+        by = packed.element_size()
+        self.keep = [table, packed, out]
+        self.row_bytes = (packed.stride(0) * by, out.stride(0) * by)
+        self.k_at, self.v_at = heads * dim * by, (heads + kv_heads) * dim * by
+        for stage, append, decode in zip(self.stages, self.appends, self.decodes, strict=True):
+            fill_append(append, memory, k, k, table, one, one)
+            append.k_stride = append.v_stride = packed.stride(0)
+            fill_decode(decode, memory, q, out, table, one, one)
+            for struct in (stage, append, decode):  # those of an array do not know theirs
+                struct.size = ctypes.sizeof(struct)
+        self.handover = cpu.Handover(stages=self.stages, layers=1, times=self.times.ctypes.data)
+        self.job = cpu.Job(handover=ctypes.pointer(self.handover))
+
+
+class HostRelay:
+    """The host's side: what its threads are told before a step.
+
+    Args:
+        relay: the device's side.
+        memory: the host tier's KV memory, pinned.
+        tier: its block tables.
+        heads: of queries.
+    """
+
+    def __init__(self, relay: Relay, memory: KVMemory, tier: TierBlocks, heads: int) -> None:
+        self.relay, self.tier = relay, tier
+        self._ring = [_Arguments(relay, memory, heads) for _ in range(_IN_FLIGHT)]
+
+    def job(self, rows: RelayRows) -> Submitted:
+        """CPU attention of all layers for a step; it waits for what the step before has posted."""
+        self._ring.append(self._ring.pop(0))
+        own, relay = self._ring[0], self.relay
+        slots, positions, lengths = own.numbers
+        slots[:, : rows.lanes] = rows.slots[1:]
+        lengths[:, : rows.lanes] = rows.lengths[1:]
+        positions[:, : rows.lanes] = rows.lengths[1:] - 1
+        runs = _runs(slots[:, : rows.lanes] >= 0)
+        tables = self.tier.tables
+        address, layer_bytes, size = tables.ctypes.data, tables.strides[0], tables.strides[1] // 4
+        first = [own.numbers[i].ctypes.data for i in range(3)]
+        packed_row, answer_row = own.row_bytes
+        for i, run in enumerate(runs):
+            stage, append, decode = own.stages[i], own.appends[i], own.decodes[i]
+            channel = relay.channels[run.layer]
+            begins = i == 0 or runs[i - 1].layer != run.layer
+            ends = i + 1 == len(runs) or runs[i + 1].layer != run.layer
+            stage.request = channel.request if begins and relay.asked else None
+            stage.answer = channel.answer if ends else None
+            stage.first = relay.asked & 0xFFFFFFFF
+            if not run.lanes:
+                stage.append = stage.decode = None
+                continue
+            at = run.layer * relay.lanes + run.first
+            packed, answer = (
+                relay.packed.data_ptr() + at * packed_row,
+                relay.answer.data_ptr() + at * answer_row,
+            )
+            table = address + run.layer * layer_bytes
+            append.k, append.v = packed + own.k_at, packed + own.v_at
+            decode.q, decode.out = packed, answer
+            append.block_tables = decode.block_tables = table
+            append.table_stride = decode.table_stride = size
+            append.n_sequences = decode.n_sequences = tables.shape[1]
+            append.sequences = decode.sequences = first[0] + 4 * at
+            append.positions, decode.lengths = first[1] + 4 * at, first[2] + 4 * at
+            append.rows = decode.batch = run.lanes
+            stage.append, stage.decode = ctypes.pointer(append), ctypes.pointer(decode)
+        own.handover.n_stages = len(runs)
+        own.job.status = 0
+        relay.asked += 1
+        told = Submitted(relay.channels, own.job)
+        told.times = lambda: layer_times(runs, own.times, relay.layers)[:, None]
+        return told
+
+
+def _runs(there: np.ndarray) -> list[_Run]:
+    """Neighbouring lanes by layer, of bools [layers, lanes]; an empty run where a layer has none."""
+    found: list[_Run] = []
+    for layer, lanes in enumerate(there.tolist()):
+        before = len(found)
+        first: int | None = None
+        for lane, taken in enumerate([*lanes, False]):
+            if taken and first is None:
+                first = lane
+            elif not taken and first is not None:
+                found.append(_Run(layer, first, lane - first))
+                first = None
+        if len(found) == before:
+            found.append(_Run(layer, 0, 0))
+    return found
+
+
+def layer_times(runs: Sequence[_Run], times: np.ndarray, layers: int) -> np.ndarray:
+    """When each layer's attention began and ended, nanoseconds [layers, 2]."""
+    found = np.zeros((layers, 2), dtype=np.int64)
+    for i, run in enumerate(runs):
+        if i == 0 or runs[i - 1].layer != run.layer:
+            found[run.layer, 0] = times[i, 0]
+        found[run.layer, 1] = times[i, 1]
+    return found
