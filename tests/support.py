@@ -196,6 +196,7 @@ def view_state(view: SystemView) -> Any:
         [r.id for r in view.prefilling],
         [[r.id for r in group] for group in (view.gpu_decodes, view.cpu_decodes, view.split_decodes)],
         {t: (p.total, p.used, p.blocks, p.staging_blocks, p.holders()) for t, p in view.pools.items()},
+        view.relaying,
         view.in_flight,
     )
 
@@ -211,7 +212,7 @@ def check_integrity(scheduler: Scheduler) -> None:
     expected: dict[Tier, dict[str, int]] = {Tier.GPU: {}, Tier.CPU: {}}
     for r in view.requests.values():
         on_host = r.host_layers.bit_count()
-        blocks = blocks_for(r.computed, size)
+        blocks = blocks_for(r.computed + bool(r.relay_layers), size)  # a relayed token's KV grows layer by layer
         for tier, count in ((Tier.CPU, on_host), (Tier.GPU, layers - on_host)):
             if blocks * count:
                 expected[tier][r.id] = blocks * count
@@ -221,6 +222,9 @@ def check_integrity(scheduler: Scheduler) -> None:
         assert 0 <= pool.used <= pool.total
         assert pool.free == pool.total - pool.used
     assert view.in_flight is None
+    assert view.relaying == sum(r.relay_layers > 0 for r in view.requests.values())
+    assert all(0 <= r.relay_layers <= layers for r in view.requests.values())
+    assert all(r in view.cpu_decodes for r in view.requests.values() if r.relay_layers)
     places = [view.waiting, view.prefilling, view.gpu_decodes, view.cpu_decodes, view.split_decodes]
     assert sorted(r.id for place in places for r in place) == sorted(view.requests)
     for place, tier, full in zip(
@@ -276,6 +280,7 @@ class Drive:
         self.aborted: set[str] = set()
         self.steps = 0
         self._before: dict[str, tuple[int, int, int]] = {}
+        self._layers: dict[str, int] = {}  # that relayed decodes had behind them
 
     def add(self, prompt: int, max_tokens: int) -> Request:
         request = Request(f"r{len(self.submitted)}", prompt, max_tokens, arrival_s=self.now)
@@ -297,6 +302,7 @@ class Drive:
             check_integrity(self.scheduler)
             return False
         plan = self.planned.plan
+        self._layers = {r.id: r.relay_layers for b in plan.batches for r in b.relay_decode}
         evicted = {e.request.id for e in plan.evict}
         for e in plan.evict:
             assert e.request.preemptions == before[e.request.id][2] + 1
@@ -332,6 +338,12 @@ class Drive:
                 assert c.request.id not in advanced, "two roles"
                 done = c.start + c.length == c.request.prompt_tokens + self._before[c.request.id][1]
                 advanced[c.request.id] = (c.length, int(done))
+            for r in batch.relay_decode:
+                assert r.id not in advanced, "two roles"
+                done = self._layers[r.id] == self.scheduler.view.model.layers
+                advanced[r.id] = (int(done), int(done))
+                if not r.done:
+                    assert r.relay_layers == (0 if done else self._layers[r.id] + 1)
         assert advanced, "a step that advances nobody"
         for e in plan.evict:
             assert e.request.id not in advanced, "evicted and run"
