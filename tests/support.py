@@ -422,20 +422,30 @@ class Chaos:
         rnd = self.random
         people = list(view.requests.values())
         rnd.shuffle(people)
-        draft: dict[str, list[Any]] = {"p": [], "g": [], "c0": [], "c1": [], "s": [], "m": [], "e": []}
+        draft: dict[str, list[Any]] = {k: [] for k in ("p", "g", "c0", "c1", "s", "r", "m", "e")}
         best = StepPlan()
+        if view.relaying and rnd.random() < 0.8:
+            best = self._go_on(view, draft, best)
         passive: list[list[tuple[str, Any]]] = []
         for r in people:
             if rnd.random() < 0.15:
                 continue
             action = self._role(view, r)
-            if not any(kind in ("p", "g", "c0", "c1", "s") for kind, _ in action):
+            if not any(kind in ("p", "g", "c0", "c1", "s", "r") for kind, _ in action):
                 passive.append(action)
             else:
                 best = self._try(view, draft, action, best)
         for action in passive:
             best = self._try(view, draft, action, best)
         return best
+
+    def _go_on(self, view: SystemView, draft: dict[str, list[Any]], best: StepPlan) -> StepPlan:
+        """Those within a relayed token go on together, or those who do not are evicted."""
+        action: list[tuple[str, Any]] = []
+        for r in view.cpu_decodes:
+            if r.relay_layers:
+                action.append(("e", Evict(r)) if self.random.random() < 0.02 else ("r", r))
+        return self._try(view, draft, action, best)
 
     def _try(
         self, view: SystemView, draft: dict[str, list[Any]], action: list[tuple[str, Any]], best: StepPlan
@@ -456,11 +466,11 @@ class Chaos:
 
     def _build(self, draft: dict[str, list[Any]]) -> StepPlan:
         parts = {k: tuple(v) for k, v in draft.items()}
-        first = SubBatch(parts["p"], parts["g"], parts["c0"], parts["s"])
+        first = SubBatch(parts["p"], parts["g"], parts["c0"], parts["s"], parts["r"])
         second = SubBatch(cpu_decode=parts["c1"])
         if not second.sequences:
-            batches: tuple[SubBatch, ...] = (first,) if first.sequences else ()
-        elif not first.sequences:
+            batches: tuple[SubBatch, ...] = (first,) if first.sequences or first.relay_decode else ()
+        elif not (first.sequences or first.relay_decode):
             batches = (second,)
         else:
             batches = (first, second)
@@ -487,6 +497,8 @@ class Chaos:
             return [("e", Evict(r, rnd.choice(list(EvictMode))))]
         if roll < 0.16:
             return [("m", KVMove(r, rnd.choice(list(Tier)), self._layers(layers)))]
+        if r.tier is Tier.CPU and roll < 0.4:
+            return [("r", r)]
         cpu = rnd.choice(["c0", "c1"])
         if roll < 0.5:
             natural = {Tier.GPU: "g", Tier.CPU: cpu, None: "s"}[r.tier]
