@@ -196,6 +196,7 @@ def view_state(view: SystemView) -> Any:
         [r.id for r in view.prefilling],
         [[r.id for r in group] for group in (view.gpu_decodes, view.cpu_decodes, view.split_decodes)],
         {t: (p.total, p.used, p.blocks, p.staging_blocks, p.holders()) for t, p in view.pools.items()},
+        view.relaying,
         view.in_flight,
     )
 
@@ -211,7 +212,9 @@ def check_integrity(scheduler: Scheduler) -> None:
     expected: dict[Tier, dict[str, int]] = {Tier.GPU: {}, Tier.CPU: {}}
     for r in view.requests.values():
         on_host = r.host_layers.bit_count()
-        blocks = blocks_for(r.computed, size)
+        blocks = blocks_for(
+            r.computed + bool(r.relay_layers), size
+        )  # a relayed token's KV grows layer by layer
         for tier, count in ((Tier.CPU, on_host), (Tier.GPU, layers - on_host)):
             if blocks * count:
                 expected[tier][r.id] = blocks * count
@@ -221,6 +224,9 @@ def check_integrity(scheduler: Scheduler) -> None:
         assert 0 <= pool.used <= pool.total
         assert pool.free == pool.total - pool.used
     assert view.in_flight is None
+    assert view.relaying == sum(r.relay_layers > 0 for r in view.requests.values())
+    assert all(0 <= r.relay_layers <= layers for r in view.requests.values())
+    assert all(r in view.cpu_decodes for r in view.requests.values() if r.relay_layers)
     places = [view.waiting, view.prefilling, view.gpu_decodes, view.cpu_decodes, view.split_decodes]
     assert sorted(r.id for place in places for r in place) == sorted(view.requests)
     for place, tier, full in zip(
@@ -276,6 +282,7 @@ class Drive:
         self.aborted: set[str] = set()
         self.steps = 0
         self._before: dict[str, tuple[int, int, int]] = {}
+        self._layers: dict[str, int] = {}  # that relayed decodes had behind them
 
     def add(self, prompt: int, max_tokens: int) -> Request:
         request = Request(f"r{len(self.submitted)}", prompt, max_tokens, arrival_s=self.now)
@@ -297,6 +304,7 @@ class Drive:
             check_integrity(self.scheduler)
             return False
         plan = self.planned.plan
+        self._layers = {r.id: r.relay_layers for b in plan.batches for r in b.relay_decode}
         evicted = {e.request.id for e in plan.evict}
         for e in plan.evict:
             assert e.request.preemptions == before[e.request.id][2] + 1
@@ -332,6 +340,12 @@ class Drive:
                 assert c.request.id not in advanced, "two roles"
                 done = c.start + c.length == c.request.prompt_tokens + self._before[c.request.id][1]
                 advanced[c.request.id] = (c.length, int(done))
+            for r in batch.relay_decode:
+                assert r.id not in advanced, "two roles"
+                done = self._layers[r.id] == self.scheduler.view.model.layers
+                advanced[r.id] = (int(done), int(done))
+                if not r.done:
+                    assert r.relay_layers == (0 if done else self._layers[r.id] + 1)
         assert advanced, "a step that advances nobody"
         for e in plan.evict:
             assert e.request.id not in advanced, "evicted and run"
@@ -401,10 +415,9 @@ class Chaos:
     accounting is a bug of the core.
     """
 
-    def __init__(self, seed: int, staging_layers: int = 1, rejects: float = 0.0, relays: float = 0.3) -> None:
+    def __init__(self, seed: int, staging_layers: int = 1, rejects: float = 0.0, relays: float = 0.0) -> None:
         self.random = Random(seed)
-        self.relays = relays
-        self.relaying = False
+        self.relays = relays  # share of decodes on the CPU that are relayed rather than anything else
         self.staging_layers = staging_layers
         self.rejects = rejects
 
@@ -414,11 +427,8 @@ class Chaos:
         rnd.shuffle(people)
         draft: dict[str, list[Any]] = {k: [] for k in ("p", "g", "c0", "c1", "s", "r", "m", "e")}
         best = StepPlan()
-        self.relaying = rnd.random() < self.relays
-        if within := [r for r in people if r.relay_layers]:  # they go on together, or none does
-            self.relaying = rnd.random() < 0.9
-            if self.relaying:
-                best = self._try(view, draft, [("r", r) for r in within], best)
+        if view.relaying and rnd.random() < 0.8:
+            best = self._go_on(view, draft, best)
         passive: list[list[tuple[str, Any]]] = []
         for r in people:
             if rnd.random() < 0.15:
@@ -431,6 +441,14 @@ class Chaos:
         for action in passive:
             best = self._try(view, draft, action, best)
         return best
+
+    def _go_on(self, view: SystemView, draft: dict[str, list[Any]], best: StepPlan) -> StepPlan:
+        """Those within a relayed token go on together, or those who do not are evicted."""
+        action: list[tuple[str, Any]] = []
+        for r in view.cpu_decodes:
+            if r.relay_layers:
+                action.append(("e", Evict(r)) if self.random.random() < 0.02 else ("r", r))
+        return self._try(view, draft, action, best)
 
     def _try(
         self, view: SystemView, draft: dict[str, list[Any]], action: list[tuple[str, Any]], best: StepPlan
@@ -454,8 +472,8 @@ class Chaos:
         first = SubBatch(parts["p"], parts["g"], parts["c0"], parts["s"], parts["r"])
         second = SubBatch(cpu_decode=parts["c1"])
         if not second.sequences:
-            batches: tuple[SubBatch, ...] = (first,) if first.sequences or parts["r"] else ()
-        elif not first.sequences:
+            batches: tuple[SubBatch, ...] = (first,) if first.sequences or first.relay_decode else ()
+        elif not (first.sequences or first.relay_decode):
             batches = (second,)
         else:
             batches = (first, second)
@@ -477,15 +495,15 @@ class Chaos:
             most = min(r.remaining_prefill, view.limits.max_batch_tokens)
             length = most if rnd.random() < 0.5 else rnd.randint(1, most)
             return [*moves, ("p", PrefillChunk(r, r.computed, length, dst))]
-        if r.relay_layers:
-            return [("e", Evict(r))] if not self.relaying and rnd.random() < 0.1 else []
-        if self.relaying and r.tier is Tier.CPU and rnd.random() < 0.7:
+        if r.tier is Tier.CPU and self.relays and rnd.random() < self.relays:
             return [("r", r)]
         roll = rnd.random()
         if roll < 0.08:
             return [("e", Evict(r, rnd.choice(list(EvictMode))))]
         if roll < 0.16:
             return [("m", KVMove(r, rnd.choice(list(Tier)), self._layers(layers)))]
+        if r.tier is Tier.CPU and roll < 0.4:
+            return [("r", r)]
         cpu = rnd.choice(["c0", "c1"])
         if roll < 0.5:
             natural = {Tier.GPU: "g", Tier.CPU: cpu, None: "s"}[r.tier]

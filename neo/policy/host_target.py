@@ -13,7 +13,7 @@ knows for how long, A is taken to be at most a share of the rate without the hos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ _SAMPLE = 64  # waiting requests whose prompts are looked at
 _GRAIN = 8  # lengths are rounded to this many steps per doubling (9%), so that rates can be kept
 _EXPECTED = 0.5  # load that is assumed before arrivals are seen, of the rate without the host
 _LASTING = 0.8  # arrivals that are believed to last, of that rate; an overload is taken to pass
-_BELIEVED = 0.95  # of a rate with the host, an estimate of what CPU and GPU do side by side
+BELIEVED = 0.95  # of a rate with the host, an estimate of what CPU and GPU do side by side
 _SPREAD = (
     1.5  # requests on the host for one that runs in a step: lengths differ, and some are being prefilled
 )
@@ -53,6 +53,16 @@ class Load(NamedTuple):
         return max(1, min(self.gpu // self.kv, self.most))
 
 
+class Choice(NamedTuple):
+    """A number of requests on the host, and the mean time in the system that comes of it.
+
+    ``seconds`` is without the factor that all choices share; infinite if more arrive than end.
+    """
+
+    hosted: int
+    seconds: float
+
+
 class Outlook(NamedTuple):
     """What a policy asks of the system as it is.
 
@@ -68,18 +78,27 @@ class Outlook(NamedTuple):
     resident: int
     arriving: float
 
-    def on_host(self) -> int:
-        """The number of requests on the host with the least mean time in the system."""
+    def best(self, rates: Iterable[tuple[int, float]], spread: float = 1.0) -> Choice:
+        """The choice with the least mean time in the system.
+
+        Args:
+            rates: (requests on the host that run, requests/s that end), by number.
+            spread: requests on the host for one that runs.
+        """
         best, least = 0, math.inf
-        for count, rate in self.rates:
+        for count, rate in rates:
             if count >= self.everyone:
                 break
             if rate > self.arriving:
-                in_work = self.resident + _SPREAD * count
+                in_work = self.resident + spread * count
                 time = (self.everyone + in_work) / (rate - self.arriving)
                 if time < least:
                     best, least = count, time
-        return int(best * _SPREAD)
+        return Choice(int(best * spread), least)
+
+    def on_host(self) -> Choice:
+        """How many requests belong on the host where it serves them in two sub-batches."""
+        return self.best(self.rates, _SPREAD)
 
     def crowding(self, extra: int, in_work: int) -> float:
         """By which factor ``extra`` more requests in a step must raise its rate to shorten the mean time.
@@ -105,11 +124,13 @@ class HostTarget:
             budget: tokens of a step.
         """
         load = mean_load(view, budget)
-        if load is None:
-            return None
+        return None if load is None else self.outlook(view, load)
+
+    def outlook(self, view: SystemView, load: Load) -> Outlook:
+        """What to expect under a load."""
         rates = self._known.get(load)
         if rates is None:
-            rates = tuple((n, self.rate(load, n) * (_BELIEVED if n else 1.0)) for n in _counts(load))
+            rates = tuple((n, self.rate(load, n) * (BELIEVED if n else 1.0)) for n in _counts(load))
             self._known[load] = rates
         everyone = len(view.requests)
         usual = rates[0][1]

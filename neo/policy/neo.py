@@ -90,12 +90,11 @@ class NeoOptions:
             "help": "the oldest CPU request runs, hidden or not, once it has waited this long for a token"
         },
     )
-
     relay: bool = field(
         default=True,
         metadata={
             "help": "relay CPU decodes, a layer a step beside one pass over the weights, where that is "
-            "estimated to serve more requests than two sub-batches"
+            "estimated to shorten the mean time in the system more than two sub-batches"
         },
     )
     faithful: bool = field(
@@ -158,7 +157,7 @@ class Neo:
         draft.place_gpu_decodes()
         draft.place_prefills()
         if goal is not None:
-            return relayed(draft, goal)
+            return relayed(draft)
         draft.place_cpu_decodes()
         draft.drop_prefills()
         return choose(draft)
@@ -172,7 +171,7 @@ class Neo:
         if o.relay and o.prefill == "chunked" and not o.eager and self._relay is not None:
             goal = self._relay.look(view, min(o.token_budget, view.limits.max_batch_tokens))
         if goal is None and view.relaying:
-            return Goal(0, 0.0)  # tokens that were begun go on to their end
+            return Goal(0, 0)  # tokens that were begun go on to their end
         return goal
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from neo.core.blocks import blocks_for
 from neo.core.growth import growing
-from neo.core.plan import Evict, KVMove, PrefillChunk, Reject
+from neo.core.plan import Evict, KVMove, PrefillChunk, Reject, relay_rows
 from neo.core.request import Request, Tier
 from neo.core.view import SystemView
 from neo.policy.estimate import StageTimes
@@ -57,6 +57,8 @@ class Draft:
         self.staging = self.gpu.staging_blocks
         self.attention_s = 0.0
         self.forced = self._starving()
+        self.within = [r for r in view.cpu_decodes if r.relay_layers]  # whose relayed token goes on
+        self.relayed_rows = relay_rows(self.within)
 
     # -- step 2 -------------------------------------------------------------------------------------------
 
@@ -101,7 +103,8 @@ class Draft:
         if self.gpu.used:
             room -= int((1.0 - self.options.swap_in_limit) * self.gpu.total)
         limits = self.view.limits
-        slots = max(0, min(limits.max_seqs, limits.max_batch_tokens) - len(self.gpu_decodes))
+        slots = min(limits.max_seqs, limits.max_batch_tokens - self.relayed_rows) - len(self.gpu_decodes)
+        slots = max(0, slots)
         count = 0
         for r in self.cpu_candidates[:slots]:
             blocks = self.view.layer_blocks(r.computed + 1)
@@ -157,13 +160,24 @@ class Draft:
         return True
 
     def prefill_budget(self) -> int:
-        """Tokens of prefill that a step may have."""
+        """Tokens of prefill that a step may have: those left by decodes, with some for CPU decodes."""
         limits = self.view.limits
         decodes = len(self.gpu_decodes)
-        room = limits.max_batch_tokens - decodes - min(len(self.cpu_candidates), limits.max_batch_tokens // 2)
+        beside = min(len(self.cpu_candidates), limits.max_batch_tokens // 2)
+        if self.goal is not None:
+            beside = max(min(beside, self.rows_to_begin()), self.relayed_rows)
+        room = limits.max_batch_tokens - decodes - beside
         if self.options.prefill == "whole":
             return room
         return max(0, min(room, self.options.token_budget - decodes))
+
+    def rows_to_begin(self) -> int:
+        """How many relayed decodes begin a token: in every step as many, so that the layers have equal numbers."""
+        if self.goal is None:
+            return 0
+        members = min(self.goal.served, len(self.within) + len(self.cpu_candidates))
+        rows = min(-(-members // (self.layers + 1)), self.view.limits.relay_rows)
+        return max(0, min(rows, members - len(self.within)))
 
     def _admit(self, budget: int, slots: int) -> None:
         view = self.view
@@ -215,7 +229,7 @@ class Draft:
         if self.goal is not None:
             return self.goal.hosted - there - view.relaying
         outlook = self.outlook
-        return outlook.on_host() - there if outlook is not None else 0
+        return outlook.on_host().hosted - there if outlook is not None else 0
 
     @cached_property
     def outlook(self) -> Outlook | None:
@@ -355,7 +369,7 @@ class Draft:
         cpu0 = times.cpu_stage(len(first), self.cpu_kv[0])
         cpu1 = times.cpu_stage(len(second), self.cpu_kv[1])
         linear1 = times.linear(len(second))
-        tokens = self._tokens0()
+        tokens = self.tokens0()
         while self.chunks and self.chunks[-1].dst is Tier.CPU:
             chunk = self.chunks[-1]
             if tokens - chunk.length < self.options.min_linear_tokens or cpu1 > times.linear(
@@ -371,5 +385,6 @@ class Draft:
                 break
             tokens -= chunk.length
 
-    def _tokens0(self) -> int:
+    def tokens0(self) -> int:
+        """Rows of sub-batch 0, relayed decodes aside."""
         return len(self.gpu_decodes) + sum([c.length for c in self.chunks]) + len(self.cpu_decodes[0])

@@ -2,7 +2,11 @@
 
 Relayed decodes (``SubBatch.relay_decode``) have the CPU to themselves for a whole step: with N of them, each
 of L layers attends for N / (L + 1) requests, and N / (L + 1) tokens come out. More of them than the CPU can
-serve within a step make the GPU wait: the best N keeps it busy for as long as a step of decodes takes.
+serve within a step make the GPU wait: the N of the best rate keeps it busy for as long as a step takes.
+
+A request on the host takes L + 1 steps for a token. So, as with two sub-batches, no more are sent there than
+shorten the mean time in the system (``neo.policy.host_target``): that of N has all of them in work. Those who
+are there already are served up to the N of the best rate: that costs nobody anything.
 """
 
 from __future__ import annotations
@@ -12,34 +16,32 @@ from typing import NamedTuple
 from neo.core.graph import OpKind, Work
 from neo.core.view import SystemView
 from neo.policy.estimate import StageTimes
-from neo.policy.host_target import HostTarget, Load, mean_load
-
-_WORTH = 1.02  # of the rate without the host: estimates are no better than that
+from neo.policy.host_target import BELIEVED, HostTarget, Load, mean_load
 
 
 class Goal(NamedTuple):
-    """A steady state that is aimed at.
+    """What to aim at with relayed decodes.
 
     Attributes:
-        hosted: requests on the host.
-        rate: requests/s that end then.
+        hosted: requests on the host, beyond which no more are sent there.
+        served: requests within a token, beyond which no more begin one.
     """
 
     hosted: int
-    rate: float
+    served: int
 
 
 class RelayTarget:
-    """Goals for one set of stage times; those of one (rounded) load are kept."""
+    """Goals for one set of stage times; the rates of one (rounded) load are kept."""
 
     def __init__(self, times: StageTimes, pipeline: HostTarget) -> None:
         self.times = times
         self.pipeline = pipeline
         self.layers = times.model.layers
-        self._known: dict[tuple[Load, int], Goal | None] = {}
+        self._known: dict[tuple[Load, int], tuple[tuple[int, float], ...]] = {}
 
     def look(self, view: SystemView, budget: int) -> Goal | None:
-        """The best goal; None where another way to decode does as well, or so few wait that none is worth it.
+        """The best goal; None where two sub-batches give a shorter mean time in the system.
 
         None too while nobody decodes, and so nothing is known of outputs.
 
@@ -49,19 +51,16 @@ class RelayTarget:
         load = mean_load(view, budget)
         if load is None:
             return None
-        there = len(view.requests) - load.resident
-        if there < 1:
+        most = min(load.host // load.kv, view.limits.relay_rows * (self.layers + 1))
+        rates = self._known.get((load, most))
+        if rates is None:
+            rates = tuple((n, self.rate(load, n) * (BELIEVED if n else 1.0)) for n in _counts(most))
+            self._known[load, most] = rates
+        outlook = self.pipeline.outlook(view, load)
+        best, pipelined = outlook.best(rates), outlook.on_host()
+        if best.seconds > pipelined.seconds:
             return None
-        most = min(load.host // load.kv, view.limits.relay_rows * (self.layers + 1), _rounded(there))
-        if (load, most) not in self._known:
-            self._known[load, most] = self._best(load, most)
-        return self._known[load, most]
-
-    def _best(self, load: Load, most: int) -> Goal | None:
-        alone = self.rate(load, 0)
-        best = max([Goal(n, self.rate(load, n)) for n in _counts(most)], key=lambda goal: goal.rate)
-        pipelined = max([self.pipeline.rate(load, n) for n in _counts(min(most, load.most))], default=0.0)
-        return best if best.rate > max(_WORTH * alone, pipelined) else None
+        return Goal(best.hosted, max(rates, key=lambda pair: pair[1] if pair[0] else 0.0)[0])
 
     def rate(self, load: Load, hosted: int) -> float:
         """Requests per second that end in a steady state with that many on the host.
@@ -93,14 +92,9 @@ class RelayTarget:
         return self.layers * float(self.times.cost.seconds(OpKind.CPU_ATTN, Work(rows, rows, kv)))
 
 
-def _rounded(count: int) -> int:
-    """``count`` down to one of the numbers that are looked at anyway."""
-    return max(_counts(count), default=0)
-
-
 def _counts(most: int) -> list[int]:
     """Numbers of requests to look at: each a good tenth above the one before."""
-    found, count = [], 1
+    found, count = [0], 1
     while count <= most:
         found.append(count)
         count += max(1, count // 8)

@@ -241,8 +241,10 @@ def test_every_step_is_a_sound_graph(steps: list[Planned]) -> None:
             else:
                 assert layers == list(range(model_layers)), (kind, batch)
         kinds = {op.kind for op in ops}
-        assert (OpKind.HEAD in kinds) is any(sampled_rows(b) for b in plan.batches)
-        assert (OpKind.CPU_ATTN in kinds) is any(b.cpu_decode for b in plan.batches)
+        assert (OpKind.HEAD in kinds) is any(sampled_rows(b, model_layers) for b in plan.batches)
+        assert (OpKind.CPU_ATTN in kinds) is any(
+            b.cpu_decode or any(r.relay_layers for r in b.relay_decode) for b in plan.batches
+        )
         first = plan.batches[0]
         assert (OpKind.GPU_ATTN in kinds) is bool(first.prefill or first.gpu_decode or first.stream_decode)
         assert (OpKind.SWAP_IN in kinds) is any(m.dst is GPU for m in plan.moves)

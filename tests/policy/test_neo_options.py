@@ -40,14 +40,14 @@ def test_faithful_in_name_only_is_refused() -> None:
     with pytest.raises(ValueError, match="as published"):
         NeoOptions(faithful=True)
     given = {"faithful": "true", "prefill": "chunked", "worth": "time", "eager": "false", "patience_s": "1",
-             "swap_in_limit": "0.9"}  # fmt: skip
+             "swap_in_limit": "0.9", "relay": "true"}  # fmt: skip
     with pytest.raises(InputError, match="faithful=true, but no option"):
         load_policy("neo", given)
 
 
 def test_faithful_plans_as_its_options_spelled_out() -> None:
     spelled = {"prefill": "whole", "worth": "requests", "eager": "true", "patience_s": "1e9"}
-    spelled["swap_in_limit"] = "0.95"
+    spelled |= {"swap_in_limit": "0.95", "relay": "false"}
     ends = []
     for options in ({"faithful": "true"}, spelled):
         drive = Drive(make_scheduler(load_policy("neo", options), gpu=12, cpu=40, cost=ToyCost(cpu=0.02)))
@@ -146,7 +146,7 @@ RATES = ((0, 1.0), (10, 1.1), (40, 1.6), (80, 1.6))
 )
 def test_how_many_go_to_the_host(everyone: int, arriving: float, best: int) -> None:
     outlook = Outlook(RATES, everyone, 20, arriving)
-    assert outlook.on_host() == best
+    assert outlook.on_host().hosted == best
 
 
 def test_a_step_with_more_requests_must_be_worth_it_the_less_the_more_arrive() -> None:

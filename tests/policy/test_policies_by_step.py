@@ -129,7 +129,7 @@ def test_neo_puts_prefills_on_the_cpu_behind_the_first_that_does_not_fit() -> No
 
 def test_neo_pipelines_where_that_pays_and_stays_on_the_gpu_where_it_does_not() -> None:
     def under(cost: ToyCost) -> StepPlan:
-        s, plan = scene("neo/chunked", gpu=9, cpu=80, cost=cost, max_seqs=20)
+        s, plan = scene("neo/chunked", gpu=9, cpu=80, cost=cost, max_seqs=20, options={"relay": "false"})
         for name in "abc":
             decoding(s, name, 8, 40)
         for name in "uvwxyz":

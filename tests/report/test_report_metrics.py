@@ -106,7 +106,7 @@ def test_against_the_definitions() -> None:
     assert metrics["steps"] == sum(columns.steps) == sum(metrics["decisions"].values())
     pipelined = sum(n for n, mode in zip(columns.steps, columns.mode, strict=True) if mode == Mode.PIPELINED)
     assert metrics["steps_pipelined"] == metrics["decisions"]["pipelined"] == pipelined > 0
-    assert list(metrics["decisions"]) == ["gpu-only", "cpu-sequential", "pipelined", "streamed"]
+    assert list(metrics["decisions"]) == ["gpu-only", "cpu-sequential", "pipelined", "streamed", "relayed"]
     assert list(metrics["utilization"]) == ["gpu", "cpu", "h2d", "d2h"]
     for name, share in metrics["utilization"].items():
         assert share == pytest.approx(sum(getattr(columns, f"busy_{name}")) / duration)

@@ -92,5 +92,5 @@ BUDGETS: dict[str, dict[str, Any]] = {
 class ToFinish(Chaos):
     """Random decisions that lead somewhere: eviction only drops so much work."""
 
-    def __init__(self, seed: int, relays: float = 0.3) -> None:
+    def __init__(self, seed: int, relays: float = 0.0) -> None:
         super().__init__(seed, staging_layers=1 + seed % 3, relays=relays)
