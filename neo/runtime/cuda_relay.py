@@ -158,12 +158,13 @@ class _Arguments:
         out, one = relay.answer[0, :1].view(1, heads, dim), self.numbers[0, 0, :1]
         by = packed.element_size()
         self.keep = [table, packed, out]
-        self.row_bytes = (packed.stride(0) * by, out.stride(0) * by)
+        self.row_bytes = (relay.packed.stride(1) * by, relay.answer.stride(1) * by)
         self.k_at, self.v_at = heads * dim * by, (heads + kv_heads) * dim * by
         for stage, append, decode in zip(self.stages, self.appends, self.decodes, strict=True):
             fill_append(append, memory, k, k, table, one, one)
-            append.k_stride = append.v_stride = packed.stride(0)
+            append.k_stride = append.v_stride = relay.packed.stride(1)  # of one row torch need not know it
             fill_decode(decode, memory, q, out, table, one, one)
+            decode.q_stride, decode.out_stride = relay.packed.stride(1), relay.answer.stride(1)
             for struct in (stage, append, decode):  # those of an array do not know theirs
                 struct.size = ctypes.sizeof(struct)
         self.handover = cpu.Handover(stages=self.stages, layers=1, times=self.times.ctypes.data)
