@@ -25,7 +25,7 @@ _SAMPLE = 64  # waiting requests whose prompts are looked at
 _GRAIN = 8  # lengths are rounded to this many steps per doubling (9%), so that rates can be kept
 _EXPECTED = 0.5  # load that is assumed before arrivals are seen, of the rate without the host
 _LASTING = 0.8  # arrivals that are believed to last, of that rate; an overload is taken to pass
-BELIEVED = 0.95  # of a rate with the host, an estimate of what CPU and GPU do side by side
+_BELIEVED = 0.95  # of a rate with the host, an estimate of what CPU and GPU do side by side
 _SPREAD = (
     1.5  # requests on the host for one that runs in a step: lengths differ, and some are being prefilled
 )
@@ -53,6 +53,21 @@ class Load(NamedTuple):
         return max(1, min(self.gpu // self.kv, self.most))
 
 
+class Steady(NamedTuple):
+    """A steady state to choose from.
+
+    Attributes:
+        hosted: requests that the host serves.
+        rate: requests/s that end.
+        in_work: requests that have been begun beyond those that the GPU holds, counted as if they were half
+            done on average.
+    """
+
+    hosted: int
+    rate: float
+    in_work: float
+
+
 class Choice(NamedTuple):
     """A number of requests on the host, and the mean time in the system that comes of it.
 
@@ -78,27 +93,22 @@ class Outlook(NamedTuple):
     resident: int
     arriving: float
 
-    def best(self, rates: Iterable[tuple[int, float]], spread: float = 1.0) -> Choice:
-        """The choice with the least mean time in the system.
-
-        Args:
-            rates: (requests on the host that run, requests/s that end), by number.
-            spread: requests on the host for one that runs.
-        """
+    def best(self, options: Iterable[Steady]) -> Choice:
+        """The one with the least mean time in the system, and that."""
         best, least = 0, math.inf
-        for count, rate in rates:
-            if count >= self.everyone:
+        for hosted, rate, in_work in options:
+            if hosted >= self.everyone:
                 break
             if rate > self.arriving:
-                in_work = self.resident + spread * count
-                time = (self.everyone + in_work) / (rate - self.arriving)
+                time = (self.everyone + self.resident + in_work) / (rate - self.arriving)
                 if time < least:
-                    best, least = count, time
-        return Choice(int(best * spread), least)
+                    best, least = hosted, time
+        return Choice(best, least)
 
     def on_host(self) -> Choice:
         """How many requests belong on the host where it serves them in two sub-batches."""
-        return self.best(self.rates, _SPREAD)
+        found = self.best([Steady(n, rate, _SPREAD * n) for n, rate in self.rates])
+        return Choice(int(found.hosted * _SPREAD), found.seconds)
 
     def crowding(self, extra: int, in_work: int) -> float:
         """By which factor ``extra`` more requests in a step must raise its rate to shorten the mean time.
@@ -130,7 +140,7 @@ class HostTarget:
         """What to expect under a load."""
         rates = self._known.get(load)
         if rates is None:
-            rates = tuple((n, self.rate(load, n) * (BELIEVED if n else 1.0)) for n in _counts(load))
+            rates = tuple((n, self.rate(load, n) * (_BELIEVED if n else 1.0)) for n in _counts(load))
             self._known[load] = rates
         everyone = len(view.requests)
         usual = rates[0][1]

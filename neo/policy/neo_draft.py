@@ -184,7 +184,8 @@ class Draft:
         room: int | None = None  # how many more may go to the CPU; asked for when the first would
         # The GPU's next room is for a starving request, or, unless eager, for whoever is on the CPU already:
         # those who come after may not overtake.
-        to_cpu = self.forced or bool(self.view.cpu_decodes and not self.options.eager)
+        there = self.view.cpu_decodes if self.goal is None else self.cpu_candidates
+        to_cpu = self.forced or bool(there and not self.options.eager)
         watermark = int(self.gpu.total * self.options.watermark)
         cpu_watermark = int(self.cpu.total * self.options.watermark)
         for r in view.waiting:

@@ -5,18 +5,23 @@ of L layers attends for N / (L + 1) requests, and N / (L + 1) tokens come out. M
 serve within a step make the GPU wait: the N of the best rate keeps it busy for as long as a step takes.
 
 A request on the host takes L + 1 steps for a token. So, as with two sub-batches, no more are sent there than
-shorten the mean time in the system (``neo.policy.host_target``): that of N has all of them in work. Those who
-are there already are served up to the N of the best rate: that costs nobody anything.
+shorten the mean time in the system (``neo.policy.host_target``), where what has been done for them before
+their turn counts as work begun: those in work are half done on average; those on the host have their prompt
+computed, and as many of their tokens as the host makes before the GPU has room for them, half of that on
+average. Those who are there already are served up to the N of the best rate: that costs nobody anything.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from neo.core.graph import OpKind, Work
 from neo.core.view import SystemView
 from neo.policy.estimate import StageTimes
-from neo.policy.host_target import BELIEVED, HostTarget, Load, mean_load
+from neo.policy.host_target import HostTarget, Load, Steady, mean_load
+
+_BELIEVED = 0.98  # of a rate with the host, an estimate of what CPU and GPU do side by side
 
 
 class Goal(NamedTuple):
@@ -43,7 +48,7 @@ class RelayTarget:
     def look(self, view: SystemView, budget: int) -> Goal | None:
         """The best goal; None where two sub-batches give a shorter mean time in the system.
 
-        None too while nobody decodes, and so nothing is known of outputs.
+        None too where relaying slows the GPU down, and while nobody decodes: nothing is known of outputs.
 
         Args:
             budget: tokens of a step.
@@ -52,49 +57,59 @@ class RelayTarget:
         if load is None:
             return None
         most = min(load.host // load.kv, view.limits.relay_rows * (self.layers + 1))
-        rates = self._known.get((load, most))
-        if rates is None:
-            rates = tuple((n, self.rate(load, n) * (BELIEVED if n else 1.0)) for n in _counts(most))
-            self._known[load, most] = rates
+        options = self._known.get((load, most))
+        if options is None:
+            options = self._known[load, most] = tuple(self._options(load, most))
         outlook = self.pipeline.outlook(view, load)
-        best, pipelined = outlook.best(rates), outlook.on_host()
-        if best.seconds > pipelined.seconds:
+        best, pipelined = outlook.best(options), outlook.on_host()
+        fastest = max(options, key=lambda option: option.rate)
+        if best.seconds > pipelined.seconds or not fastest.hosted:
             return None
-        return Goal(best.hosted, max(rates, key=lambda pair: pair[1] if pair[0] else 0.0)[0])
+        return Goal(best.hosted, fastest.hosted)
 
-    def rate(self, load: Load, hosted: int) -> float:
-        """Requests per second that end in a steady state with that many on the host.
+    def _options(self, load: Load, most: int) -> Iterator[Steady]:
+        """Steady states; rates are relative to the one without the host, of which the pipeline's is taken."""
+        usual = self.pipeline.rate(load, 0)
+        yield Steady(0, usual, 0.0)
+        alone, _ = self.rate(load, 0)
+        for hosted in _counts(most):
+            rate, prefill = self.rate(load, hosted)
+            made = hosted / (self.layers + 1)
+            begun = 2.0 * prefill + (1.0 - prefill) * made / (load.resident + made)
+            yield Steady(hosted, _BELIEVED * usual * rate / alone, begun * hosted)
+
+    def rate(self, load: Load, hosted: int) -> tuple[float, float]:
+        """Requests per second that end in a steady state with that many on the host; prefill's share of time.
 
         For each that ends a prompt is computed, in steps that have as much prefill as the budget allows;
         between them are steps of decodes alone.
         """
-        times, stages = self.times, self.layers + 1
-        tokens = load.resident + hosted / stages
+        tokens = load.resident + hosted / (self.layers + 1)
         with_chunk = min(1.0, tokens / load.output * load.prompt / load.budget)
-        served = self._host_seconds(load, hosted)
-        seconds = 0.0
-        for share, prefill in ((with_chunk, load.budget), (1.0 - with_chunk, 0)):
-            chunks = ((load.prompt // 2, prefill),) if prefill else ()
-            rows = load.resident + -(-hosted // stages)
-            layer = times.linear(rows + prefill)
-            layer += times.gpu_attention(chunks, load.resident, load.resident * load.kv)
-            alone = self.layers * layer + times.around(rows + prefill, rows, rows)
-            seconds += share * max(alone, served)
+        longer, shorter = self._step(load, hosted, load.budget), self._step(load, hosted, 0)
+        seconds = with_chunk * longer + (1.0 - with_chunk) * shorter
         made = tokens / load.output if with_chunk < 1.0 else load.budget / load.prompt
-        return made / seconds
+        return made / seconds, with_chunk * (longer - shorter) / seconds
 
-    def _host_seconds(self, load: Load, hosted: int) -> float:
-        """Seconds of CPU attention in a step."""
-        if not hosted:
-            return 0.0
+    def _step(self, load: Load, hosted: int, prefill: int) -> float:
+        """Seconds of a step with that many tokens of prefill."""
+        times = self.times
         rows = -(-hosted // (self.layers + 1))
+        chunks = ((load.prompt // 2, prefill),) if prefill else ()
+        decodes = load.resident + rows
+        layer = times.linear(decodes + prefill)
+        layer += times.gpu_attention(chunks, load.resident, load.resident * load.kv)
+        seconds = self.layers * layer + times.around(decodes + prefill, decodes, decodes)
+        if not hosted:
+            return seconds
         kv = hosted * load.kv // (self.layers + 1)
-        return self.layers * float(self.times.cost.seconds(OpKind.CPU_ATTN, Work(rows, rows, kv)))
+        attention = float(times.cost.seconds(OpKind.CPU_ATTN, Work(rows, rows, kv)))
+        return max(seconds, self.layers * attention)
 
 
 def _counts(most: int) -> list[int]:
     """Numbers of requests to look at: each a good tenth above the one before."""
-    found, count = [0], 1
+    found, count = [], 1
     while count <= most:
         found.append(count)
         count += max(1, count // 8)
