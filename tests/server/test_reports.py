@@ -227,7 +227,7 @@ def test_every_token_end_and_step_is_told_once(served: Served, share: bool) -> N
     log: dict[int, list[int]] = {}
     engine, reports = served.loop.engine, served.loop.reports
     if not share:
-        reports._share_s = 0.0
+        reports._share = False
     step, key, wanted, aborted, ran = engine.step, 0, {}, set(), 0
 
     def noting() -> Any:
