@@ -1,7 +1,7 @@
 """What the engine's process says of its steps: a message a step, or one for several short ones.
 
 A step in which each request got a token and nothing else happened is *plain*: the engine has its tokens as a
-list, and no object is made of them here. Short plain steps of the same requests share a message every
+list, and no object is made of them in its process. Short plain steps of the same requests share a message every
 ``SHARE_S`` or ``TINY_SHARE_S``, so that the engine does not spend its time on talking. None is held back over
 a step that may take longer than those before it; first tokens, ends and whatever else is more than a token
 never are. How often the engine listens is apart from that: between short steps every ``LISTEN_S``.
@@ -63,6 +63,7 @@ class Reports:
         self._like: StepRow = ()  # what the rows have in common
         self._graph: StepGraph | None = None  # of the last of them
         engine.on_start = self._starting
+        engine.brief = True
 
     def add(self, key: int, request: Request) -> None:
         """Somebody listens to a request from now on."""
@@ -77,7 +78,10 @@ class Reports:
         return request
 
     def step(self, outputs: Sequence[Output], handled: bool) -> None:
-        """Tell what a step brought, now or with the next ones; ``handled``: messages came before it."""
+        """Tell what a step brought, now or with the next ones; ``handled``: messages came before it.
+
+        Outputs of a plain step are taken from the engine.
+        """
         record = self._record
         row, record.last = record.last, None
         plain = self.engine.plain
@@ -134,6 +138,9 @@ class Reports:
         keys: list[int] = []
         tokens: list[int] = []
         events, self.events = self.events, []
+        plain = self.engine.plain
+        if plain is not None:
+            outputs = list(map(Output, *plain))
         for output in outputs:
             key = self.keys.get(output.request_id)
             if key is None:
@@ -144,7 +151,6 @@ class Reports:
                 tokens.append(output.token)
             else:
                 events.append(self._event(key, output))
-        plain = self.engine.plain
         self._ids = plain[0] if plain is not None and len(keys) == len(plain[0]) else None
         self._keys = keys
         self.due = True
