@@ -205,9 +205,7 @@ def test_a_plain_step_is_told_as_ids_and_tokens_too(wrap: Any, ahead: bool) -> N
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_brief_engine_brings_the_same_without_outputs_of_plain_steps(ahead: bool) -> None:
     """An end token, aborts, log-probabilities and ends come as ever; the twin says what is due."""
-    engines = [
-        make_engine(tiny_model(), load_policy("gpu-only", {}), gpu=60, ahead=ahead) for _ in range(2)
-    ]
+    engines = [make_engine(tiny_model(), load_policy("gpu-only", {}), gpu=60, ahead=ahead) for _ in range(2)]
     engine, twin = engines
     engine.brief = True
     for one in engines:
