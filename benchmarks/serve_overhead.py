@@ -12,7 +12,8 @@ A model that costs nothing stands behind the real server, in its own process; th
 - *The engine's step*: from step to step at 64 streams, with a server and without one; for a model that costs
   nothing, and for one that keeps its core busy for 10 ms. In processor time of the engine's process, which
   others on the machine hardly disturb, and on the wall clock. Several steps may share a message, so what is
-  taken is the mean of 32 steps in a row. Runs take turns: alone, alone while another process keeps the other
+  taken is the mean of 32 steps in a row. Streams begin one after the other, also alone: not all need their
+  next block of KV memory in the same step then, which takes some 2 % longer. Runs take turns: alone, alone while another process keeps the other
   cores busy (on many machines that alone slows a core down), and with a server. Of all means the lowest
   tenth and the median are shown, of each run's medians the middle one: others on the machine only add.
 
