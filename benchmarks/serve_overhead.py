@@ -13,9 +13,10 @@ A model that costs nothing stands behind the real server, in its own process; th
   nothing, and for one that keeps its core busy for 10 ms. In processor time of the engine's process, which
   others on the machine hardly disturb, and on the wall clock. Several steps may share a message, so what is
   taken is the mean of 32 steps in a row. Streams begin one after the other, also alone: not all need their
-  next block of KV memory in the same step then, which takes some 2 % longer. Runs take turns: alone, alone while another process keeps the other
-  cores busy (on many machines that alone slows a core down), and with a server. Of all means the lowest
-  tenth and the median are shown, of each run's medians the middle one: others on the machine only add.
+  next block of KV memory in the same step then, which takes some 2 % longer. Runs take turns: alone, alone
+  while another process keeps the other cores busy (on many machines that alone slows a core down), and with a
+  server. Of all means the lowest tenth and the median are shown, of each run's medians the middle one: others
+  on the machine only add.
 
 Engine, HTTP process and clients want a core each. The engine's has one of its own; on a machine of two the
 others share the second.
