@@ -94,6 +94,7 @@ class Engine:
     Attributes:
         on_start: called with the graph of every step before it starts, if given.
         plain: the latest step's tokens, if it brought one to each of its rows and nothing else.
+        brief: such a step's tokens are in ``plain`` alone: ``step`` makes no Outputs of them.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Engine:
         self.last: StepTimes | None = None  # of the latest step
         self.last_sequences = 0  # requests in it
         self.plain: Plain | None = None
+        self.brief = False
         self.on_start: Callable[[StepGraph], None] | None = None
         self._recorder = Recorder(RunRecord() if record is None else record, scheduler)
         self._sampler = Sampler(vocab)
@@ -190,7 +192,8 @@ class Engine:
     # -- the loop -----------------------------------------------------------------------------------------
 
     def step(self) -> list[Output]:
-        """Run one step, if there is work: plan, run, finish. Returns what it brought, one Output a request.
+        """Run one step, if there is work: plan, run, finish. Returns what it brought, one Output a request
+        (none where ``brief`` says so).
 
         Tokens come first, in the order of the step's rows; behind them requests that ended without one.
 
@@ -207,7 +210,7 @@ class Engine:
         self._next = None
         if running is None:
             self._free_at = None
-            return self._collect({})
+            return self._collect(None)
         times = self._run(running)
         return self._finish(running, times)
 
@@ -293,7 +296,7 @@ class Engine:
         if self._next is not None:
             self._next = self._next._replace(start_s=end)
         times.seconds[_SCHEDULE] = max(0.0, times.begin_s - self._zero - start)
-        outputs, stopped = self._accept(running.choice)
+        stopped = self._accept(running.choice)
         self._recorder.observe_measured(running.begun, times.busy(graph), start, end)
         self.scheduler.finish_step(planned, StepResult(end, stopped=stopped))
         if self._next is None or self._next.ended is None:
@@ -310,33 +313,38 @@ class Engine:
         self.steps += 1
         self.last = times
         self.last_sequences = graph.works[_SCHEDULE].sequences
-        return self._collect(outputs, running.choice.plain)
+        return self._collect(running.choice)
 
-    def _accept(self, choice: Choice) -> tuple[dict[str, Output], dict[str, FinishReason]]:
-        """Append what was sampled; which requests it ends."""
-        outputs: dict[str, Output] = {}
+    def _accept(self, choice: Choice) -> dict[str, FinishReason]:
+        """Append what was sampled, and forget what nobody waits for; which requests it ends."""
         stopped: dict[str, FinishReason] = {}
-        for request_id, (token, logprobs) in choice.sampled.items():
+        late: list[str] = []
+        for request_id, (token, _) in choice.sampled.items():
             live = self._live[request_id]
             if live.ended:
+                late.append(request_id)
                 continue
             live.state.append(token)
             if token in live.ends:
                 stopped[request_id] = FinishReason.STOP
-            outputs[request_id] = Output(request_id, token, logprobs)
+        for request_id in late:
+            del choice.sampled[request_id]
         for request_id, why in choice.unsampled.items():
             live = self._live[request_id]
             if not live.ended:
                 live.request.detail = f"no token can be sampled: {why}"
                 live.state.append(0)  # a step planned ahead takes it; nothing comes of that
                 self.abort(request_id)  # it ends with this step
-        return outputs, stopped
+        return stopped
 
-    def _collect(self, outputs: dict[str, Output], plain: Plain | None = None) -> list[Output]:
+    def _collect(self, choice: Choice | None) -> list[Output]:
         """Join tokens and ends; requests that ended give their memory back."""
         over = list(self._over())
-        if not over and plain is not None and len(outputs) == len(plain[0]):
-            self.plain = plain
+        sampled = {} if choice is None else choice.sampled
+        if choice is not None and choice.plain is not None and not over:
+            self.plain = choice.plain if len(sampled) == len(choice.plain[0]) else None
+        brief = self.brief and self.plain is not None
+        outputs = {} if brief else {r: Output(r, token, given) for r, (token, given) in sampled.items()}
         for request_id, reason in over:
             live = self._live[request_id]
             live.ended = True

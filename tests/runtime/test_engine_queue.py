@@ -21,6 +21,7 @@ from neo.core.plan import StepPlan
 from neo.core.request import FinishReason, Tier
 from neo.core.runlog import RunLog
 from neo.policy.registry import load_policy
+from neo.runtime.engine import Output
 from neo.runtime.executor import Queueing, StepTimes
 from neo.runtime.step_inputs import pending_token
 
@@ -199,3 +200,32 @@ def test_a_plain_step_is_told_as_ids_and_tokens_too(wrap: Any, ahead: bool) -> N
             assert ahead or not (bare and outputs)
     assert 10 < plain < engine.steps - 12
     engine.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_brief_engine_brings_the_same_without_outputs_of_plain_steps(ahead: bool) -> None:
+    """An end token, aborts, log-probabilities and ends come as ever; the twin says what is due."""
+    engines = [make_engine(tiny_model(), load_policy("gpu-only", {}), gpu=60, ahead=ahead) for _ in range(2)]
+    engine, twin = engines
+    engine.brief = True
+    for one in engines:
+        add(one, "first", prompt_of(5), 30)
+        add(one, "short", prompt_of(6), 6)
+        add(one, "shown", prompt_of(7), 12, logprobs=1)
+        add(one, "drawn", prompt_of(8), 20, temperature=0.9, seed=1)
+        add(one, "gone", prompt_of(9), 30)
+    bare = 0
+    while twin.has_work:
+        if twin.steps == 16:
+            assert engine.abort("gone") == twin.abort("gone")
+        outputs, due = engine.step(), twin.step()
+        assert engine.plain == twin.plain
+        if engine.plain is not None:
+            assert outputs == []
+            outputs = list(map(Output, *engine.plain))
+            bare += 1
+        assert outputs == due
+    assert not engine.has_work
+    assert bare > 10
+    for one in engines:
+        one.close()

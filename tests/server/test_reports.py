@@ -158,6 +158,47 @@ def test_short_steps_share_a_message_and_long_ones_do_not(served: Served) -> Non
     assert sum(not updates for updates in said) == 36
 
 
+def test_tiny_steps_share_a_message_for_longer_but_listen_all_the_same(served: Served) -> None:
+    served.far.send(*adds(3, 400))
+    served.clock.step_s = 0.0003
+    while not served.far.tokens().get(0, [])[5:]:
+        served.step()
+    while not served.step():
+        pass
+    said, heard = [], []
+    for _ in range(34 * 4):
+        said.append(sum(len(update.tokens) for update in served.step()))
+        heard.append(served.loop.reports.due)
+    assert [n for n in said if n] == [34] * 4, "the 34th ends behind 10 ms"
+    listened = [i for i, due in enumerate(heard) if due]
+    assert max(b - a for a, b in pairwise(listened)) == 7, "the seventh ends behind 2 ms"
+    assert served.loop.engine.scheduler.unfinished == 3
+
+
+def test_who_comes_or_goes_waits_for_no_shared_message(served: Served) -> None:
+    """Between tiny steps: a first token is told with its step, and memory is free with the next one."""
+    served.far.send(*adds(2, 1000))
+    served.clock.step_s = 0.0001
+    pools = served.loop.engine.scheduler.view.pools
+    draw = random.Random(3)
+    for key in range(10, 30):
+        for _ in range(draw.randrange(1, 150)):
+            served.step()
+        before = sum(pool.used for pool in pools.values())
+        served.far.send(Add(key, f"r{key}", [70] * 20, SamplingParams(900, 0.0, ignore_eos=True), 0.0))
+        waited = 0
+        while not any(event.key == key for update in served.step() for event in update.events):
+            waited += 1
+        assert waited <= 20, "2 ms until somebody listens"
+        assert sum(pool.used for pool in pools.values()) > before
+        served.far.send(Abort(key, str(FinishReason.ABORT)))
+        waited = 0
+        while f"r{key}" in served.loop.engine._live:
+            served.step()
+            waited += 1
+        assert waited <= 21
+
+
 def test_steps_that_differ_share_neither_message_nor_price(served: Served) -> None:
     served.far.send(*adds(2, 100))
     served.clock.step_s = 0.0005
@@ -227,7 +268,7 @@ def test_every_token_end_and_step_is_told_once(served: Served, share: bool) -> N
     log: dict[int, list[int]] = {}
     engine, reports = served.loop.engine, served.loop.reports
     if not share:
-        reports._share_s = 0.0
+        reports._share = False
     step, key, wanted, aborted, ran = engine.step, 0, {}, set(), 0
 
     def noting() -> Any:
@@ -235,9 +276,13 @@ def test_every_token_end_and_step_is_told_once(served: Served, share: bool) -> N
         before = engine.steps
         outputs = step()
         ran += engine.steps - before
-        for output in outputs:
-            if output.token is not None and output.request_id in reports.keys:
-                log.setdefault(reports.keys[output.request_id], []).append(output.token)
+        brought = [(o.request_id, o.token) for o in outputs]
+        if engine.plain is not None:
+            assert not brought, "the server wants no object a token"
+            brought = list(zip(*engine.plain, strict=True))
+        for request_id, token in brought:
+            if token is not None and request_id in reports.keys:
+                log.setdefault(reports.keys[request_id], []).append(token)
         return outputs
 
     engine.step = noting  # type: ignore[method-assign]
@@ -353,6 +398,19 @@ def test_a_message_larger_than_the_socket_takes_arrives_whole() -> None:
         far.close()
         channel.send(message)
         assert channel.closed
+
+
+def test_a_closed_socket_is_seen_with_and_without_waiting() -> None:
+    for wait_s in (0.0, 0.001, None):
+        near, far = socket.socketpair()
+        with near, far:
+            channel = Channel(near)
+            far.sendall(frame(msgspec.msgpack.encode(Stop())))
+            assert [type(m) for m in channel.receive(wait_s)] == [Stop]
+            assert not channel.closed
+            far.close()
+            assert channel.receive(wait_s) == []
+            assert channel.closed
 
 
 def test_tokens_of_a_shared_message_came_one_after_the_other() -> None:

@@ -21,6 +21,10 @@ from typer.testing import CliRunner
 from neo import __version__
 from neo.cli.serve import serve
 from neo.core.errors import InputError
+from neo.runtime.sampling_params import SamplingParams
+from neo.runtime.server.bridge import Bridge, Inbox, Submission
+from neo.runtime.server.errors import ApiError
+from neo.runtime.server.messages import Ready, Update
 
 KEY = "a secret"
 
@@ -85,6 +89,20 @@ def test_a_full_queue_says_when_to_come_back(strict: Served) -> None:
     assert choices.json()["error"]["type"] == "overloaded_error"
     assert strict.post("/v1/completions", prompt="a", n=3, max_tokens=2).status_code == 200
     strict.wait_until_empty()
+
+
+@pytest.mark.parametrize("running", [None, 0, 1, 4])
+def test_a_full_queue_names_no_more_than_may_wait(running: int | None) -> None:
+    """Requests on their way to a free seat do not wait, though the engine has not taken them yet."""
+    bridge = Bridge(max_queued=3)
+    bridge.ready = Ready("m", 256, 48, 1000, 4, (9, 9), {})
+    if running is not None:
+        bridge.last = Update([], [], [], 0, running, 0, (0, 0))
+    for i in range(3 + 4 - (running or 0)):
+        bridge.admit(1)
+        bridge.submit([Submission(f"r{i}", [1], SamplingParams(4))], Inbox(9), 0.0)
+    with pytest.raises(ApiError, match="3 requests wait, at most 3 may"):
+        bridge.admit(1)
 
 
 def test_other_pages_stay_out(strict: Served, server: Served) -> None:

@@ -273,10 +273,11 @@ class Bridge(asyncio.Protocol):
         seats = ready.max_seqs if ready is not None else 0
         if self.last is not None:
             seats = 0 if self.last.waiting else max(0, seats - self.last.running)
+        waiting = max(0, self.queued - seats)  # a seat is kept for the others, though they have not taken it
         if self.queued + count > self.max_queued + seats:
             raise ApiError(
                 503,
-                f"the queue is full: {self.queued} requests wait, at most {self.max_queued} may",
+                f"the queue is full: {waiting} requests wait, at most {self.max_queued} may",
                 "overloaded_error",
                 retry_after_s=self.retry_after_s(),
             )

@@ -149,7 +149,7 @@ class EngineLoop:
     def _step(self) -> Sequence[Output]:
         try:
             outputs = self.engine.step()
-            if outputs:
+            if outputs or self.engine.plain is not None:
                 self._idle_since = None
             else:
                 self._watch_idle()

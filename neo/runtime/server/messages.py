@@ -74,7 +74,8 @@ class StepInfo(msgspec.Struct, array_like=True):
         predicted_s: the cost model's, and for how many steps each: also of messages before, where those had
             no price yet. Nothing where the cost model has none.
         prefill_tokens: in each step; so are decodes.
-        bytes_h2d: in all of them; so are ``bytes_d2h`` and preemptions.
+        bytes_h2d: since the message before, a step that follows at most among them; so are ``bytes_d2h`` and
+            preemptions.
     """
 
     mode: int

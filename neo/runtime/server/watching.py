@@ -57,41 +57,42 @@ class StepWatch:
     A price takes longer than all else that is said of a short step. So of steps that are alike and follow
     each other, one is priced every ``PRICE_S``, and its price counts for those before it. A calibrated model
     has priced every step to learn from it: these prices are taken.
+
+    Attributes:
+        learns: the cost model is calibrated: ``note_price`` behind every step.
     """
 
     def __init__(self, record: LiveRecord, cost: Prices) -> None:
         self.record = record
         self.cost = cost
-        self.graph: StepGraph | None = None  # of the last step
+        self._graph: StepGraph | None = None  # of the last step
         self._rows: list[StepRow] = []  # of steps since the last StepInfo
         self._like: StepRow = ()  # what they have in common
-        self._moved = (0, 0, 0)  # bytes to and from the device, preemptions: all of them
-        self._told = (0, 0, 0)
+        self._told = (0, 0, 0)  # bytes to and from the device, preemptions: what was told of them
         self._unpriced = 0  # steps
         self._priced_s = 0.0  # when the last one was
         self._predicted: list[tuple[float, int]] = []
         self._calibrated = cost if isinstance(cost, Calibrated) else None
+        self.learns = self._calibrated is not None
         self._version = 0 if self._calibrated is None else self._calibrated.version
 
-    def alike(self, row: StepRow) -> bool:
-        """Whether a step may share a StepInfo with those before it."""
-        return row[LIKE] == self._like
+    def add(self, rows: list[StepRow], graph: StepGraph | None, alone: bool = False) -> None:
+        """Steps ended that are alike, the last with this graph, and ``info`` has told those before them.
 
-    def add(self, row: StepRow, alone: bool = False) -> None:
-        """The record's last step ended; ``alone``: it shares no price with those before it.
-
-        Those that ``info`` has not told yet are ``alike``.
+        ``alone``: they share no price with those.
         """
-        record = self.record
-        if alone or not self.alike(row):
+        like = rows[-1][LIKE]
+        if alone or like != self._like:
             self._settle()
-            self._like = row[LIKE]
-        self._rows.append(row)
-        self._moved = (record.bytes_h2d, record.bytes_d2h, record.preemptions)
-        self.graph = record.graph
-        if self._calibrated is None:
-            self._unpriced += 1
-        elif self._calibrated.predicted_s is not None:
+            self._like = like
+        self._rows = rows
+        self._graph = graph
+        if not self.learns:
+            self._unpriced += len(rows)
+
+    def note_price(self) -> None:
+        """A step ended: a calibrated model has its price."""
+        if self._calibrated is not None and self._calibrated.predicted_s is not None:
             self._predicted.append((self._calibrated.predicted_s, 1))
 
     def info(self, more: bool) -> StepInfo:
@@ -113,8 +114,8 @@ class StepWatch:
     def _info(self, seconds: list[float]) -> StepInfo:
         mode, _waiting, prefill, gpu, cpu, streamed = self._like
         predicted, self._predicted = self._predicted, []
-        h2d, d2h, preempted = (a - b for a, b in zip(self._moved, self._told, strict=True))
-        self._told = self._moved
+        record, told = self.record, self._told
+        self._told = now = (record.bytes_h2d, record.bytes_d2h, record.preemptions)
         return StepInfo(
             int(mode),
             seconds,
@@ -123,9 +124,9 @@ class StepWatch:
             int(gpu),
             int(cpu),
             int(streamed),
-            h2d,
-            d2h,
-            preempted,
+            now[0] - told[0],
+            now[1] - told[1],
+            now[2] - told[2],
             self._factors(),
         )
 
@@ -146,7 +147,7 @@ class StepWatch:
 
     def _price(self) -> float | None:
         """The cost model's seconds for a step; None where it has no price: that must not stop serving."""
-        graph = self.graph
+        graph = self._graph
         if graph is None:
             return None
         try:
