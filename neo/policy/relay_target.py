@@ -63,7 +63,9 @@ class RelayTarget:
         outlook = self.pipeline.outlook(view, load)
         best, pipelined = outlook.best(options), outlook.on_host()
         fastest = max(options, key=lambda option: option.rate)
-        if best.seconds > pipelined.seconds or not fastest.hosted:
+        if best.seconds > pipelined.seconds:
+            return None
+        if not best.hosted and len(view.cpu_decodes) <= self.layers:
             return None
         return Goal(best.hosted, fastest.hosted)
 
@@ -72,7 +74,7 @@ class RelayTarget:
         usual = self.pipeline.rate(load, 0)
         yield Steady(0, usual, 0.0)
         alone, _ = self.rate(load, 0)
-        for hosted in _counts(most):
+        for hosted in _counts(self.layers + 1, most):
             rate, prefill = self.rate(load, hosted)
             made = hosted / (self.layers + 1)
             begun = 2.0 * prefill + (1.0 - prefill) * made / (load.resident + made)
@@ -107,9 +109,9 @@ class RelayTarget:
         return max(seconds, self.layers * attention)
 
 
-def _counts(most: int) -> list[int]:
+def _counts(least: int, most: int) -> list[int]:
     """Numbers of requests to look at: each a good tenth above the one before."""
-    found, count = [], 1
+    found, count = [], least
     while count <= most:
         found.append(count)
         count += max(1, count // 8)
