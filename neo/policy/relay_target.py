@@ -2,13 +2,15 @@
 
 Relayed decodes (``SubBatch.relay_decode``) have the CPU to themselves for a whole step: with N of them, each
 of L layers attends for N / (L + 1) requests, and N / (L + 1) tokens come out. More of them than the CPU can
-serve within a step make the GPU wait: the N of the best rate keeps it busy for as long as a step takes.
+serve within a step make the GPU wait: the N of the best rate keeps the CPU busy for as long as a step takes.
 
 A request on the host takes L + 1 steps for a token. So, as with two sub-batches, no more are sent there than
 shorten the mean time in the system (``neo.policy.host_target``), where what has been done for them before
 their turn counts as work begun: those in work are half done on average; those on the host have their prompt
 computed, and as many of their tokens as the host makes before the GPU has room for them, half of that on
-average. Those who are there already are served up to the N of the best rate: that costs nobody anything.
+average. With fewer than L + 1 of them there would be steps in which nobody on the host is between two tokens,
+and room on the GPU would pass them by: no fewer are aimed at. As long as there are as many, they are served,
+up to the N of the best rate, even if no more are sent.
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ class RelayTarget:
         self.times = times
         self.pipeline = pipeline
         self.layers = times.model.layers
-        self._known: dict[tuple[Load, int], tuple[tuple[int, float], ...]] = {}
+        self._known: dict[tuple[Load, int], tuple[Steady, ...]] = {}
 
     def look(self, view: SystemView, budget: int) -> Goal | None:
         """The best goal; None where two sub-batches give a shorter mean time in the system.
 
-        None too where relaying slows the GPU down, and while nobody decodes: nothing is known of outputs.
+        None too while nobody decodes: nothing is known of outputs.
 
         Args:
             budget: tokens of a step.
@@ -63,7 +65,9 @@ class RelayTarget:
         outlook = self.pipeline.outlook(view, load)
         best, pipelined = outlook.best(options), outlook.on_host()
         fastest = max(options, key=lambda option: option.rate)
-        if best.seconds > pipelined.seconds or not fastest.hosted:
+        if best.seconds * (1.0 if view.relaying else _WORTH) > pipelined.seconds:
+            return None
+        if not best.hosted and len(view.cpu_decodes) <= self.layers:
             return None
         return Goal(best.hosted, fastest.hosted)
 
@@ -72,7 +76,7 @@ class RelayTarget:
         usual = self.pipeline.rate(load, 0)
         yield Steady(0, usual, 0.0)
         alone, _ = self.rate(load, 0)
-        for hosted in _counts(most):
+        for hosted in _counts(self.layers + 1, most):
             rate, prefill = self.rate(load, hosted)
             made = hosted / (self.layers + 1)
             begun = 2.0 * prefill + (1.0 - prefill) * made / (load.resident + made)
@@ -107,9 +111,9 @@ class RelayTarget:
         return max(seconds, self.layers * attention)
 
 
-def _counts(most: int) -> list[int]:
+def _counts(least: int, most: int) -> list[int]:
     """Numbers of requests to look at: each a good tenth above the one before."""
-    found, count = [], 1
+    found, count = list[int](), least
     while count <= most:
         found.append(count)
         count += max(1, count // 8)

@@ -30,6 +30,8 @@ class Ahead:
     def yielding(self, plan: StepPlan) -> list[Request]:
         """Requests that get a token from a plan, asked for before it is committed."""
         done = [c.request for b in plan.batches for c in b.prefill if c.length == c.request.remaining_prefill]
+        layers = self.scheduler.view.model.layers
+        done += [r for b in plan.batches for r in b.relay_decode if r.relay_layers == layers]
         return done + [r for b in plan.batches for r in b.decodes]
 
     def run(self, most: int) -> None:
@@ -52,6 +54,8 @@ class Ahead:
                 if self.random.random() < self.abort and scheduler.abort(r.id, self.now):
                     self.stopped.setdefault(r.id, r.generated)
             following = scheduler.plan_step(self.now) if step < most // 2 else None
+            within = sum(r.relay_layers > 0 for r in scheduler.view.requests.values())
+            assert scheduler.view.relaying == within
             for pool in scheduler.view.pools.values():
                 assert pool.used == sum(pool.holders().values()) <= pool.total
             self.now += 0.25
