@@ -26,7 +26,9 @@ from neo.runtime.native_args import fill_append, fill_decode
 LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 32, 32, 8, 128, 16
 
 
-def measure(memory: KVMemory, worker: Worker, sequences: int, tokens: int, rounds: int) -> list[float]:
+def measure(
+    memory: KVMemory, worker: Worker, sequences: int, tokens: int, rounds: int, busy: bool
+) -> list[float]:
     """Seconds of all layers, in each round."""
     random = np.random.default_rng(0)
     blocks = -(-tokens // BLOCK)
@@ -49,17 +51,23 @@ def measure(memory: KVMemory, worker: Worker, sequences: int, tokens: int, round
         )
         handover = c.Handover(stages=ctypes.pointer(stage), n_stages=1, layers=LAYERS)
         job = c.Job(handover=ctypes.pointer(handover))
-        worker.wait(worker.submit(job))
+        ticket = worker.submit(job)
+        while busy and worker.finished < ticket:
+            pass
+        worker.wait(ticket)
         found.append((job.end_ns - job.start_ns) * 1e-9)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cores = usable_cores()
     parser.add_argument("--threads", type=int, nargs="+", default=[cores // 2, cores - 4, cores - 1])
     parser.add_argument("--gigabytes", type=float, default=16.0)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--busy", action="store_true", help="one core more is busy, as an engine keeps it")
     args = parser.parse_args()
     block = 2 * KV_HEADS * DIM * BLOCK * 2
     memory = KVMemory.allocate(int(args.gigabytes * 2**30 / block), KV_HEADS, DIM, BLOCK, torch.bfloat16)
@@ -70,8 +78,9 @@ def main() -> None:
         read = read_bandwidth(threads)
         line = [f"{threads:2} threads, reading {read / 1e9:5.1f} GB/s:"]
         with Pool(threads, None, spin_us=200) as pool, Worker(pool, spin_us=200) as worker:
-            for sequences, tokens in shapes:
-                seconds = statistics.median(measure(memory, worker, sequences, tokens, args.rounds)[2:])
+            for shape in shapes:
+                sequences, tokens = shape
+                seconds = statistics.median(measure(memory, worker, *shape, args.rounds, args.busy)[2:])
                 read_bytes = 2 * KV_HEADS * DIM * 2 * tokens * sequences * LAYERS
                 line.append(f"{seconds / LAYERS * 1e6:6.0f} us {read_bytes / seconds / 1e9:4.0f} GB/s")
         print("  ".join(line), flush=True)

@@ -7,6 +7,7 @@ of decodes alone, ``prepare_decodes`` and a graph that ``captured`` has launched
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -78,6 +79,8 @@ class Operations:
         self.rows = [Rows(model, gpu, rows + relay_lanes, decodes, tuned.layers)]
         self._over: list[HandOver] = []
         self._relay: Relay | None = None
+        self._beside = new_stream(device)  # of what is done for relayed decodes while others attend
+        self._exchanged: torch.cuda.Event | None = None
         if tables.cpu.total:
             self.rows.append(Rows(model, gpu, decodes, 0, tuned.layers))
             for own in self.rows:
@@ -95,6 +98,7 @@ class Operations:
         self._special: Special | None = None
         self.timeline: Timeline | None = None
         self.told: Submitted | None = None
+        self._side = os.environ.get("NEO_RELAY_SIDE", "1") == "1"
         self._handlers: dict[OpKind, Callable[[int, int], None]] = {
             OpKind.EMBED: self._embed,
             OpKind.PRE: self._pre,
@@ -243,13 +247,27 @@ class Operations:
                 self._main.wait_event(event)
         if kind is OpKind.RECV or batch == RELAY:
             self._waiting[batch] = (step, layer)
+            if batch == RELAY and self._side:
+                self._exchange(layer)
             return
         with self._measure(step, layer, self._main):
             self._handlers[kind](batch, layer)
+        if kind is OpKind.PRE and self._side and self._layouts[0].relay_rows:
+            self._exchanged = None
+            self._beside.wait_event(self._main.record_event())
         if copied and kind in ORDERED:
             self._latest.setdefault((kind, batch), []).append(self._main.record_event())
         if kind is OpKind.GPU_ATTN and self._deferred:
             self._spill(layer)
+
+    def _exchange(self, layer: int) -> None:
+        assert self._relay is not None
+        if not self._side:
+            self._relay.exchange(layer)
+        elif self._exchanged is None:
+            with torch.cuda.stream(self._beside):
+                self._relay.exchange(layer)
+                self._exchanged = self._beside.record_event()
 
     def _events(self, waits: Sequence[tuple[OpKind, int, int]]) -> list[torch.cuda.Event]:
         found = []
@@ -351,9 +369,11 @@ class Operations:
             with self._measure(*awaited, self._main):
                 self._receive(batch, layer)
         if batch == 0 and (relayed := self._waiting.pop(RELAY, None)) is not None:
-            assert self._relay is not None
-            with self._measure(*relayed, self._main):
-                self._relay.exchange(layer)
+            if not self._side:
+                with self._measure(*relayed, self._main):
+                    self._exchange(layer)
+            if self._exchanged is not None:
+                self._main.wait_event(self._exchanged)
         self.rows[batch].post(layer, self.model.weights.layers[layer])
 
     def _head(self, _batch: int, _layer: int) -> None:
