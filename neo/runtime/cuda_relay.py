@@ -93,7 +93,7 @@ class Relay:
         return any(channel.failed for channel in self.channels)
 
     def begin(self, given: RelayRows, row: int, lanes: int) -> None:
-        """The next step's, in ``lanes`` rows from ``row`` on, some of them nobody's; on the current stream."""
+        """The next step's, in ``lanes`` rows from ``row`` on, some of them nobody's, on this stream."""
         self._hosts.reverse()
         host = self._hosts[0].numpy().reshape(self.layers, self.lanes)
         host[:, : given.lanes] = given.lengths[: self.layers] - 1
