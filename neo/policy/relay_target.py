@@ -24,6 +24,7 @@ from neo.policy.estimate import StageTimes
 from neo.policy.host_target import HostTarget, Load, Steady, mean_load
 
 _BELIEVED = 0.98  # of a rate with the host, an estimate of what CPU and GPU do side by side
+_WORTH = 1.04  # what relaying must gain to begin: filling the host and draining it again cost time, too
 
 
 class Goal(NamedTuple):
