@@ -99,6 +99,8 @@ def shapes(draw: st.DrawFn) -> Shape:
         attention,
         cpu0,
         cpu1=pipelined,
+        relay_out=not (pipelined or cpu0) and draw(st.booleans()),
+        relay_in=not (pipelined or cpu0) and draw(st.booleans()),
         swap_out=draw(st.booleans()),
         swap_in=attention and draw(st.booleans()),
         spill=draw(st.booleans()),

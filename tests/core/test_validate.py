@@ -57,6 +57,20 @@ def one(*chunks: PrefillChunk, gpu: Any = (), cpu: Any = (), stream: Any = (), *
     return StepPlan((SubBatch(chunks, tuple(gpu), tuple(cpu), tuple(stream)),), **plan)
 
 
+def relay(requests: Any, *chunks: PrefillChunk, gpu: Any = (), cpu: Any = (), **plan: Any) -> StepPlan:
+    return StepPlan((SubBatch(chunks, tuple(gpu), tuple(cpu), relay_decode=tuple(requests)),), **plan)
+
+
+def within(s: Stage) -> None:
+    """``cpu`` has begun a relayed token: one of its layers is behind it."""
+    run_plan(s.scheduler, relay([s.cpu]))
+
+
+def narrow(s: Stage, rows: int) -> None:
+    view = s.scheduler.view
+    view.limits = replace(view.limits, relay_rows=rows)
+
+
 Broken = Callable[[Stage], StepPlan]
 
 # rule, what its message must name, which request it must name, the plan
@@ -199,6 +213,42 @@ CASES: list[tuple[str, list[str], str | None, Broken]] = [
         lambda s: one(chunk(s.part, 1), moves=(KVMove(s.part, CPU, None, MoveOrder.AFTER),)),
     ),
     ("moves", ["AFTER"], "gpu", lambda s: one(stream=[s.gpu], moves=(KVMove(s.gpu, CPU, (0, 1)),))),
+    ("state", ["WAITING"], "new", lambda s: relay([s.new])),
+    ("residency", ["0 of 4"], "gpu", lambda s: relay([s.gpu])),
+    ("residency", ["2 of 4"], "split", lambda s: relay([s.split])),
+    ("roles", [], "cpu", lambda s: relay([s.cpu, s.cpu])),
+    ("relay", ["other CPU decodes"], "cpu", lambda s: relay([s.cpu], cpu=[s.c2])),
+    (
+        "relay",
+        ["other CPU decodes"],
+        "cpu",
+        lambda s: StepPlan((SubBatch(relay_decode=(s.cpu,)), SubBatch(cpu_decode=(s.c2,)))),
+    ),
+    (
+        "relay",
+        ["other CPU decodes"],
+        "c2",
+        lambda s: StepPlan(
+            (SubBatch(gpu_decode=(s.gpu,)), SubBatch(cpu_decode=(s.cpu,), relay_decode=(s.c2,)))
+        ),
+    ),
+    ("relay", ["1 layers on"], "cpu", lambda s: within(s) or one(cpu=[s.cpu])),
+    ("relay", ["1 layers on"], "cpu", lambda s: within(s) or one(gpu=[s.cpu], moves=(KVMove(s.cpu, GPU),))),
+    ("relay", ["1 layers on"], "cpu", lambda s: within(s) or one(stream=[s.cpu, s.split])),
+    ("relay", ["1 layers on"], "cpu", lambda s: within(s) or one(gpu=[s.gpu], moves=(KVMove(s.cpu, GPU),))),
+    ("relay", ["0 of 1"], None, lambda s: within(s) or relay([s.c2])),
+    ("relay", ["0 of 1"], None, lambda s: within(s) or relay([s.c2], gpu=[s.gpu])),
+    ("relay", ["2 rows", "relay_rows is 1"], None, lambda s: narrow(s, 1) or relay([s.cpu, s.c2])),
+    ("relay", ["1 rows", "relay_rows is 0"], None, lambda s: narrow(s, 0) or relay([s.cpu])),
+    ("relay", ["cannot move"], "split", lambda s: relay([s.split], moves=(KVMove(s.split, CPU, (0, 2)),))),
+    ("token-budget", ["25", "24"], None, lambda s: relay([s.cpu, s.c2], chunk(s.huge, 23))),
+    (
+        "cpu-blocks",
+        ["28", "26", "56"],
+        None,
+        lambda s: relay([s.cpu], chunk(s.huge, 21, CPU)),
+    ),
+    ("repeat", ["relayed"], None, lambda s: relay([s.cpu], repeat=1)),
     ("evict", ["no KV"], "new", lambda s: one(gpu=[s.gpu], evict=(Evict(s.new),))),
     ("evict", ["already"], "cpu", lambda s: one(gpu=[s.gpu], evict=(Evict(s.cpu, EvictMode.SWAP),))),
     ("preemption-bound", ["0 times"], "g2", lambda s: one(gpu=[s.gpu], evict=(Evict(s.g2),))),
@@ -264,6 +314,17 @@ def test_every_rule_has_been_broken() -> None:
 
 
 GOOD: list[Broken] = [
+    lambda s: relay([s.cpu, s.c2]),
+    lambda s: relay([s.cpu], chunk(s.new, 6), chunk(s.cpart, 2, CPU), gpu=[s.gpu, s.g2]),
+    lambda s: relay([s.cpu], chunk(s.huge, 16)),
+    lambda s: relay([s.cpu], chunk(s.huge, 17, CPU)),
+    lambda s: relay([s.cpu, s.c2], evict=(Evict(s.g2, EvictMode.SWAP),)),
+    lambda s: within(s) or relay([s.cpu]),
+    lambda s: within(s) or relay([s.c2, s.cpu]),
+    lambda s: within(s) or relay([s.cpu], gpu=[s.c2], moves=(KVMove(s.c2, GPU),)),
+    lambda s: within(s) or relay([s.c2], evict=(Evict(s.cpu),)),
+    lambda s: within(s) or one(gpu=[s.gpu]),  # it stands still, as a decode may
+    lambda s: relay([s.cpu, s.c2], evict=(Evict(s.cpart),)),
     lambda s: one(gpu=[s.gpu]),
     lambda s: one(gpu=[s.gpu, s.g2], cpu=[s.cpu], stream=[s.split]),
     lambda s: one(stream=[s.cpu, s.split]),
@@ -285,6 +346,19 @@ GOOD: list[Broken] = [
     lambda s: one(chunk(s.huge, 17), gpu=[s.g2], evict=(Evict(s.gpu),)),
     lambda s: one(chunk(s.huge, 17), cpu=[s.gpu], gpu=[s.g2], moves=(KVMove(s.gpu, CPU),)),
 ]
+
+
+def test_relayed_rows_are_those_of_the_fullest_layer() -> None:
+    """Two that begin one after the other are never at the same layer: one row does."""
+    s = Stage()
+    narrow(s, 1)
+    run_plan(s.scheduler, relay([s.cpu]))
+    for _ in range(4):
+        plan = relay([s.cpu, s.c2])
+        check(s.scheduler.view, plan)
+        assert (plan.batches[0].tokens, plan.batches[0].sequences) == (1, 0)
+        run_plan(s.scheduler, plan)
+    assert (s.cpu.relay_layers, s.cpu.generated, s.c2.relay_layers) == (0, 2, 4)
 
 
 @pytest.mark.parametrize("good", GOOD)
