@@ -1,8 +1,9 @@
 // Decode attention: cuts the batch into tasks, runs them on the pool, merges what was cut.
 //
-// A sequence is cut every PIECE_TOKENS tokens, wherever it stands in the batch, so sums are always taken in the
-// same order: results depend neither on the thread count nor on the other sequences. Where that gives too few
-// tasks for the threads, tasks are also cut by KV heads, which changes no sum at all.
+// Where a sequence is cut depends on its length alone, so sums are always taken in the same order: results depend
+// neither on the thread count nor on the other sequences. Where that gives too few tasks for the threads, tasks are
+// also cut by KV heads, which changes no sum at all. Short sequences are cut finer: with few of them, many threads
+// would otherwise wait for the last of a few large tasks.
 
 #include <algorithm>
 #include <atomic>
@@ -17,7 +18,8 @@
 
 namespace {
 
-constexpr int32_t PIECE_TOKENS = 1024;   // K and V of 8 heads of 128 in fp16: 4 MB, some 300 us
+constexpr int32_t PIECE_TOKENS = 1024, SHORT_PIECE_TOKENS = 256; // K and V of a head of 128 in fp16: 512 and 128 KB
+constexpr int32_t SHORT = 4096; // tokens of a sequence that is cut finer
 constexpr int32_t SEGMENT_TOKENS = 64;  // of 32, 64 and 128: the smallest of the fastest
 constexpr int64_t TASKS_PER_THREAD = 8;
 constexpr float LOG2_E = 1.44269504f;
@@ -25,6 +27,7 @@ constexpr float LOG2_E = 1.44269504f;
 struct Piece {
     int32_t sequence;      // of the batch
     int32_t first;         // token
+    int32_t tokens;        // as far as the sequence goes
     int32_t of;            // pieces of this sequence
     int64_t first_of_sequence; // index of the sequence's first piece
 };
@@ -50,7 +53,9 @@ struct Decode {
     std::atomic<int32_t> checksum{0}; // of a read
 };
 
-int64_t pieces_of(int32_t length) { return (int64_t{length} + PIECE_TOKENS - 1) / PIECE_TOKENS; }
+int32_t piece_tokens(int32_t length) { return length <= SHORT ? SHORT_PIECE_TOKENS : PIECE_TOKENS; }
+
+int64_t pieces_of(int32_t length) { return (int64_t{length} + piece_tokens(length) - 1) / piece_tokens(length); }
 
 char *out_row(const neo_cpu_decode &args, int32_t sequence, int32_t head) noexcept {
     return static_cast<char *>(args.out) +
@@ -90,7 +95,7 @@ NeoPiece describe(const Decode &decode, const Piece &piece, int64_t index, int32
     work.scratch = scores;
     work.block_stride = cache.block_stride;
     work.head_stride = cache.head_stride;
-    work.tokens = std::min(PIECE_TOKENS, args.lengths[piece.sequence] - piece.first);
+    work.tokens = std::min(piece.tokens, args.lengths[piece.sequence] - piece.first);
     work.segment = decode.segment;
     work.block_size = cache.block_size;
     work.head_dim = cache.head_dim;
@@ -193,8 +198,9 @@ bool prepare(Decode &decode, int64_t pieces) noexcept {
     int64_t index = 0;
     for (int32_t i = 0; i < args.batch; i++) {
         const int32_t of = static_cast<int32_t>(pieces_of(args.lengths[i]));
+        const int32_t tokens = piece_tokens(args.lengths[i]);
         for (int32_t p = 0; p < of; p++)
-            *piece++ = Piece{i, p * PIECE_TOKENS, of, index};
+            *piece++ = Piece{i, p * tokens, tokens, of, index};
         index += of;
         for (int32_t c = 0; c < decode.head_cuts; c++)
             new (&decode.left[int64_t{i} * decode.head_cuts + c]) std::atomic<int32_t>(of);

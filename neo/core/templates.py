@@ -160,8 +160,7 @@ class _Builder:
         ops = []
         if self.s.relay_in:
             ops.append(self.op(OpKind.CPU_ATTN, RELAY, (Dep(OpKind.SCHEDULE, NO_BATCH),)))
-            deps = [Dep(OpKind.CPU_ATTN, RELAY), Dep(OpKind.PRE, 0)]
-            deps += [Dep(OpKind.GPU_ATTN, 0)] if self.s.attention else []
+            deps = [Dep(OpKind.CPU_ATTN, RELAY), Dep(OpKind.PRE, 0)]  # rows go as others come: both at once
             ops.append(self.op(OpKind.RECV, RELAY, deps))
         if self.s.relay_out:
             ops.append(self.op(OpKind.SEND, RELAY, (Dep(OpKind.PRE, 0),)))

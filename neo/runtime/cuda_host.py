@@ -29,6 +29,9 @@ from neo.runtime.step_inputs import DecodeRows, RelayRows
 
 TIMEOUT_S = 10.0
 """How long each side waits for the other before it gives the step up: far longer than any layer takes."""
+_SPIN_US = 2000
+"""How long idle threads look for work before they sleep: longer than what a layer does between two of theirs,
+as waking them takes as long as reading a megabyte."""
 
 
 class HandOver:
@@ -114,9 +117,9 @@ class HostAttention:
         self, memory: KVMemory, tier: TierBlocks, threads: int, cores: Sequence[int] | None, layers: int
     ) -> None:
         self.memory, self.tier, self.layers = memory, tier, layers
-        self._pool = Pool(threads, cores, spin_us=200)
+        self._pool = Pool(threads, cores, spin_us=_SPIN_US)
         self._worker = Worker(
-            self._pool, cores[0] if cores is not None else -1, spin_us=200, flag_timeout_s=TIMEOUT_S
+            self._pool, cores[0] if cores is not None else -1, spin_us=_SPIN_US, flag_timeout_s=TIMEOUT_S
         )
 
     def submit(self, parts: Sequence[tuple[HandOver, DecodeRows]]) -> Submitted:

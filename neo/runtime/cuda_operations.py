@@ -7,7 +7,6 @@ of decodes alone, ``prepare_decodes`` and a graph that ``captured`` has launched
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -98,7 +97,6 @@ class Operations:
         self._special: Special | None = None
         self.timeline: Timeline | None = None
         self.told: Submitted | None = None
-        self._side = os.environ.get("NEO_RELAY_SIDE", "1") == "1"
         self._handlers: dict[OpKind, Callable[[int, int], None]] = {
             OpKind.EMBED: self._embed,
             OpKind.PRE: self._pre,
@@ -171,6 +169,7 @@ class Operations:
         self._copied = copied
         self._waiting: dict[int, tuple[Step, int]] = {}  # RECVs that are launched ahead of their POST
         self._latest: dict[tuple[OpKind, int], list[torch.cuda.Event]] = {}
+        self._exchanged = None
         for repeat, first_layer, steps in sections:
             for layer_of_section in range(first_layer, first_layer + repeat):
                 for step in steps:
@@ -245,14 +244,15 @@ class Operations:
         if copied:
             for event in self._events(step.waits):
                 self._main.wait_event(event)
-        if kind is OpKind.RECV or batch == RELAY:
+        if batch == RELAY:
+            self._exchange(step, layer)
+            return
+        if kind is OpKind.RECV:
             self._waiting[batch] = (step, layer)
-            if batch == RELAY and self._side:
-                self._exchange(layer)
             return
         with self._measure(step, layer, self._main):
             self._handlers[kind](batch, layer)
-        if kind is OpKind.PRE and self._side and self._layouts[0].relay_rows:
+        if kind is OpKind.PRE and self._layouts[0].relay_rows:
             self._exchanged = None
             self._beside.wait_event(self._main.record_event())
         if copied and kind in ORDERED:
@@ -260,13 +260,13 @@ class Operations:
         if kind is OpKind.GPU_ATTN and self._deferred:
             self._spill(layer)
 
-    def _exchange(self, layer: int) -> None:
+    def _exchange(self, step: Step, layer: int) -> None:
+        """Relayed rows that come and go: both in one kernel, beside the others' attention."""
         assert self._relay is not None
-        if not self._side:
-            self._relay.exchange(layer)
-        elif self._exchanged is None:
+        if self._exchanged is None:
             with torch.cuda.stream(self._beside):
-                self._relay.exchange(layer)
+                with self._measure(step, layer, self._beside):
+                    self._relay.exchange(layer)
                 self._exchanged = self._beside.record_event()
 
     def _events(self, waits: Sequence[tuple[OpKind, int, int]]) -> list[torch.cuda.Event]:
@@ -368,12 +368,8 @@ class Operations:
         if (awaited := self._waiting.pop(batch, None)) is not None:
             with self._measure(*awaited, self._main):
                 self._receive(batch, layer)
-        if batch == 0 and (relayed := self._waiting.pop(RELAY, None)) is not None:
-            if not self._side:
-                with self._measure(*relayed, self._main):
-                    self._exchange(layer)
-            if self._exchanged is not None:
-                self._main.wait_event(self._exchanged)
+        if self._exchanged is not None:
+            self._main.wait_event(self._exchanged)
         self.rows[batch].post(layer, self.model.weights.layers[layer])
 
     def _head(self, _batch: int, _layer: int) -> None:
