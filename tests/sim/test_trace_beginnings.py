@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from neo.core.record import Mode
 from neo.core.request import FinishReason, State
 from neo.sim.setup import SystemConfig, build_system, simulation
 from neo.workload.readers import read_trace
