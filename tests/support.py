@@ -212,9 +212,7 @@ def check_integrity(scheduler: Scheduler) -> None:
     expected: dict[Tier, dict[str, int]] = {Tier.GPU: {}, Tier.CPU: {}}
     for r in view.requests.values():
         on_host = r.host_layers.bit_count()
-        blocks = blocks_for(
-            r.computed + bool(r.relay_layers), size
-        )  # a relayed token's KV grows layer by layer
+        blocks = blocks_for(r.computed + bool(r.relay_layers), size)
         for tier, count in ((Tier.CPU, on_host), (Tier.GPU, layers - on_host)):
             if blocks * count:
                 expected[tier][r.id] = blocks * count
@@ -444,10 +442,11 @@ class Chaos:
 
     def _go_on(self, view: SystemView, draft: dict[str, list[Any]], best: StepPlan) -> StepPlan:
         """Those within a relayed token go on together, or those who do not are evicted."""
-        action: list[tuple[str, Any]] = []
-        for r in view.cpu_decodes:
-            if r.relay_layers:
-                action.append(("e", Evict(r)) if self.random.random() < 0.02 else ("r", r))
+        action: list[tuple[str, Any]] = [
+            ("e", Evict(r)) if self.random.random() < 0.02 else ("r", r)
+            for r in view.cpu_decodes
+            if r.relay_layers
+        ]
         return self._try(view, draft, action, best)
 
     def _try(

@@ -172,7 +172,7 @@ class Draft:
         return max(0, min(room, self.options.token_budget - decodes))
 
     def rows_to_begin(self) -> int:
-        """How many relayed decodes begin a token: in every step as many, so that the layers have equal numbers."""
+        """How many relayed decodes begin: in every step as many, so that layers are evenly filled."""
         if self.goal is None:
             return 0
         members = min(self.goal.served, len(self.within) + len(self.cpu_candidates))

@@ -1,9 +1,9 @@
 """A step of ``neo`` with relayed CPU decodes: one pass over the weights serves both tiers.
 
 Two sub-batches read the weights twice. Where a step is little but reading them, CPU decodes had better go
-with sub-batch 0, a layer a step (``SubBatch.relay_decode``): the CPU attends for all of them while it runs.
-Room that becomes free on the GPU is for those on the host, as in any step of ``neo``: the oldest that is
-between two tokens takes it. Nobody who waits overtakes them.
+with sub-batch 0, a layer a step (``SubBatch.relay_decode``): the CPU attends for all of them while the step
+runs. Room that becomes free on the GPU is for those on the host, as in any step of ``neo``: the oldest that
+is between two tokens takes it. If none is, those who wait may have it, rather than nobody.
 """
 
 from __future__ import annotations

@@ -195,6 +195,7 @@ def compute_metrics(
         "preemptions": int(record.preemptions),
         "steps": sum(decisions.values()),
         "steps_pipelined": decisions["pipelined"],
+        "steps_relayed": decisions["relayed"],
         "bytes_h2d": int(record.bytes_h2d),
         "bytes_d2h": int(record.bytes_d2h),
         "utilization": _utilization(record, duration),

@@ -126,6 +126,7 @@ ROWS = (
     Row("preemptions", ("metrics", "preemptions"), format_count, -1),
     Row("steps", ("metrics", "steps"), format_count),
     Row("steps pipelined", ("metrics", "steps_pipelined"), format_count),
+    Row("steps relayed", ("metrics", "steps_relayed"), format_count),
     Row("moved to GPU", ("metrics", "bytes_h2d"), format_bytes),
     Row("moved to host", ("metrics", "bytes_d2h"), format_bytes, section=True),
     Row("GPU busy", ("metrics", "utilization", "gpu"), format_share),
@@ -133,7 +134,7 @@ ROWS = (
     Row("H2D busy", ("metrics", "utilization", "h2d"), format_share),
     Row("D2H busy", ("metrics", "utilization", "d2h"), format_share),
 )
-OPTIONAL = {("metrics", "goodput"), ("metrics", "goodput_fraction")}
+OPTIONAL = {("metrics", "goodput"), ("metrics", "goodput_fraction"), ("metrics", "steps_relayed")}
 
 
 def describe_run(summary: Summary) -> str:

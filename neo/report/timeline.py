@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neo.core.errors import InputError
-from neo.core.graph import OpKind, Resource
+from neo.core.graph import RELAY, OpKind, Resource
 from neo.core.record import Slice
 from neo.report import style
 from neo.report.files import atomic
@@ -96,7 +96,7 @@ def _events(slices: Iterable[Slice], pid: int, process: str) -> Iterator[str]:
         label = str(s.name) if s.layer is None else f"{s.name} L{s.layer}"
         batch = "null"
         if s.batch >= 0:  # SCHEDULE, EMBED, HEAD and moves belong to no sub-batch
-            label, batch = f"{label} b{s.batch}", str(s.batch)
+            label, batch = f"{label} {'relay' if s.batch == RELAY else f'b{s.batch}'}", str(s.batch)
         args = (
             f'{{"op": {json.dumps(str(s.name))}, "layer": {layer}, "sub_batch": {batch}, "step": {s.step}}}'
         )
@@ -132,7 +132,9 @@ def plot_timeline(
     layers: tuple[int, int] | None = None,
     title: str = "",
 ) -> list[Path]:
-    """Draw one step as a Gantt picture: a lane per resource, colour by operation, hatched for sub-batch 1.
+    """Draw one step as a Gantt picture: a lane per resource, colour by operation.
+
+    Sub-batch 1 is hatched, and so is what is done for relayed decodes alone.
 
     Args:
         slices: of one step or several.
@@ -221,8 +223,9 @@ def legend(axes: Axes, slices: Sequence[Slice]) -> None:
         Patch(facecolor=color, label=", ".join(n for n in names if _op_color(n) == color)) for color in colors
     ]
     if any(s.batch > 0 for s in slices):
+        other = "relayed decodes" if any(s.batch == RELAY for s in slices) else "sub-batch 1"
         handles.append(Patch(facecolor="white", edgecolor=style.GREY, label="sub-batch 0"))
-        handles.append(Patch(facecolor="white", edgecolor=style.GREY, hatch="////", label="sub-batch 1"))
+        handles.append(Patch(facecolor="white", edgecolor=style.GREY, hatch="////", label=other))
     style.legend_outside(axes, handles=handles)
 
 

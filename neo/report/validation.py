@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neo.core.errors import InputError
+from neo.core.graph import RELAY
 from neo.core.logreader import RequestRow
 from neo.core.plugins import close_matches
 from neo.core.record import RunRecord
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+_SUB_BATCHES = {None: NOTHING, RELAY: "relay"}  # else its number
 # (name, label, path within ``metrics``); names are those of --max-error
 METRICS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("request_throughput", "requests", ("request_throughput",)),
@@ -365,7 +367,7 @@ def _op_table(run: Validation) -> Table:
     ):
         table.add_column(name, justify="left" if name == "operation" else "right")
     for row in run["ops"]:
-        batch = NOTHING if row["sub_batch"] is None else str(row["sub_batch"])
+        batch = _SUB_BATCHES.get(row["sub_batch"], str(row["sub_batch"]))
         table.add_row(
             row["op"],
             batch,

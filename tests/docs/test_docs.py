@@ -211,11 +211,12 @@ class Told:
 
 def broken_plans(scheduler: Scheduler, policy: Told) -> dict[str, StepPlan]:
     """For each rule a plan that breaks it; ``a`` decodes on the GPU, ``b`` on the CPU, ``p`` prefills."""
-    sizes = {"a": 1000, "b": 500, "p": 1000, "w": 300, "x": 300, "big": 2000}
-    a, b, p, w, x, big = (Request(name, tokens, 100) for name, tokens in sizes.items())
-    for request in (a, b, p, w, big):
+    sizes = {"a": 1000, "b": 500, "p": 1000, "w": 300, "x": 300, "big": 2000, "c": 10}
+    a, b, p, w, x, big, c = (Request(name, tokens, 100) for name, tokens in sizes.items())
+    for request in (a, b, p, w, big, c):
         scheduler.add(request)
     begin = (PrefillChunk(a, 0, 1000), PrefillChunk(b, 0, 500, Tier.CPU), PrefillChunk(p, 0, 512))
+    begin += (PrefillChunk(c, 0, 10, Tier.CPU),)
     policy.next = StepPlan((SubBatch(begin),))
     planned = scheduler.plan_step(0.0)
     assert planned is not None
@@ -239,6 +240,7 @@ def broken_plans(scheduler: Scheduler, policy: Told) -> dict[str, StepPlan]:
         ),
         "gpu-blocks": one(PrefillChunk(big, 0, 2000)),
         "cpu-blocks": one(PrefillChunk(big, 0, 2000, Tier.CPU)),
+        "relay": StepPlan((SubBatch(cpu_decode=(b,), relay_decode=(c,)),)),
         "staging": one(PrefillChunk(w, 0, 300, Tier.CPU)),
         "moves": StepPlan((step,), moves=(KVMove(b, Tier.CPU),)),
         "evict": StepPlan((step,), evict=(Evict(w),)),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Drive, Fixed, Pure, costs, decoding, make_scheduler, toy_model
+from support import Drive, Fixed, Pure, costs, decoding, make_scheduler, run_plan, toy_model
 
 from neo.core.plan import StepPlan, SubBatch
 from neo.core.record import Mode
@@ -121,8 +121,6 @@ def scene(options: dict[str, str], **sizes: Any) -> tuple[Scheduler, Neo]:
 
 def begin(s: Scheduler, *requests: Request) -> None:
     """A step in which these begin a relayed token."""
-    from support import run_plan
-
     run_plan(s, StepPlan((SubBatch(relay_decode=requests),)))
 
 
@@ -162,8 +160,8 @@ def test_rows_of_relayed_decodes_are_left_room_by_prefill_and_swapping_in() -> N
 
 
 def test_no_rows_no_relay() -> None:
-    system = machine(200)
-    system = replace(system, config=replace(system.config, limits=Limits(max_batch_tokens=2304, relay_rows=0)))
+    system, limits = machine(200), Limits(max_batch_tokens=2304, relay_rows=0)
+    system = replace(system, config=replace(system.config, limits=limits))
     found = metrics(system, 100, n=60)
     assert found["decisions"]["relayed"] == 0
     assert found["decisions"] == metrics(machine(200, relay="false"), 100, n=60)["decisions"]
@@ -186,7 +184,8 @@ def test_the_best_rate_keeps_the_cpu_busy_for_a_step() -> None:
     relay, known = target(system), load(machine(800), 200)
     rates = [relay.rate(known, n)[0] for n in (0, 16, 33, 132)]
     assert rates[0] < rates[1] < rates[2] > rates[3], "too many, and the GPU waits for the CPU"
-    gain = [relay.rate(load(machine(b), 200), 33)[0] / relay.rate(load(machine(b), 200), 0)[0] for b in (200, 800)]
+    loads = [load(machine(blocks), 200) for blocks in (200, 800)]
+    gain = [relay.rate(known, 33)[0] / relay.rate(known, 0)[0] for known in loads]
     assert gain[0] > gain[1] > 1.0, "the fewer the GPU holds, the more a token of the host counts"
 
 
@@ -209,7 +208,14 @@ def test_the_estimate_is_what_the_simulator_reaches() -> None:
 
 @pytest.mark.parametrize(
     ("blocks", "output", "load"),
-    [(800, 50, None), (1648, 100, None), (2816, 100, None), (200, 50, 0.8), (200, 50, 0.95), (800, 100, 0.95)],
+    [
+        (800, 50, None),
+        (1648, 100, None),
+        (2816, 100, None),
+        (200, 50, 0.8),
+        (200, 50, 0.95),
+        (800, 100, 0.95),
+    ],
 )
 def test_relaying_never_costs(blocks: int, output: int, load: float | None) -> None:
     """Points at which more of it, or sooner, once did; an open loop at a share of what gpu-only serves."""

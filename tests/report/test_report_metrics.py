@@ -29,6 +29,7 @@ FIELDS = [
     "preemptions",
     "steps",
     "steps_pipelined",
+    "steps_relayed",
     "bytes_h2d",
     "bytes_d2h",
     "utilization",
@@ -106,6 +107,8 @@ def test_against_the_definitions() -> None:
     assert metrics["steps"] == sum(columns.steps) == sum(metrics["decisions"].values())
     pipelined = sum(n for n, mode in zip(columns.steps, columns.mode, strict=True) if mode == Mode.PIPELINED)
     assert metrics["steps_pipelined"] == metrics["decisions"]["pipelined"] == pipelined > 0
+    relayed = sum(n for n, mode in zip(columns.steps, columns.mode, strict=True) if mode == Mode.RELAYED)
+    assert metrics["steps_relayed"] == metrics["decisions"]["relayed"] == relayed
     assert list(metrics["decisions"]) == ["gpu-only", "cpu-sequential", "pipelined", "streamed", "relayed"]
     assert list(metrics["utilization"]) == ["gpu", "cpu", "h2d", "d2h"]
     for name, share in metrics["utilization"].items():

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from neo.core.errors import InputError
 from neo.core.logreader import LogReader, RequestRow
+from neo.core.record import Mode
 from neo.core.replayed import Replay
 from neo.core.request import FinishReason, Request
 from neo.core.runlog import RunLog
@@ -97,6 +98,40 @@ def test_a_simulation_replays_without_any_error(tmp_path: Path, policy: str, tim
             r.finish_s,
         )
         assert (again.first_token_s, again.preemptions) == (r.first_token_s, r.preemptions)
+
+
+def test_a_run_that_relays_replays_and_its_log_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    limits = Limits(max_batch_tokens=2304)
+    config = replace(CONFIG, hardware="h200-16c", limits=limits)
+    config = replace(config, kv_gpu_blocks=200, kv_cpu_blocks=10_000)
+    system, work = build_system(config), synthetic("around:1000:0.1", "around:100:0.1", 100, seed=0)
+    with path.open("w") as file:
+        record = simulation(system, work, log=RunLog(file, system.describe())).run()
+    assert list(record.columns.mode).count(Mode.RELAYED) > 300
+    assert path.read_text().count('"relay_decode":{') > 300
+    assert json.loads(path.read_text().splitlines()[0])["limits"]["relay_rows"] == limits.relay_rows
+    replay, journal = replay_log(LogReader(path), system, system.cost, {})
+    assert replay.divergence is None
+    assert replay.equal == replay.logged == len(record.columns.steps)
+    assert replay.steps.predicted == replay.steps.measured
+    for r in record.requests:
+        again = journal.requests[r.id]
+        assert (again.finish_s, again.cpu_steps) == (r.finish_s, r.cpu_steps)
+    # One less that begins a token is another decision.
+    line = edited(path, lambda r: bool(r["type"] == "step" and _one_begins_less(r)))
+    divergence = replay_log(LogReader(path), system, system.cost, {})[0].divergence
+    assert divergence is not None
+    assert (divergence.line, "relay_decode" in divergence.what) == (line, True)
+
+
+def _one_begins_less(step: dict[str, Any]) -> bool:
+    members = step["batches"][0].get("relay_decode", {})
+    if "add" not in members:
+        return False
+    members["n"] -= 1
+    members["add"].pop()
+    return True
 
 
 def test_a_ring_of_another_size_is_another_decision(tmp_path: Path) -> None:

@@ -40,18 +40,9 @@ def test_each_request_ends_once_and_tokens_add_up(
     # Every token but a request's first has one gap before it.
     assert sum(record.itl_counts) == sum(row.output_tokens - 1 for row in workload.requests)
     columns = record.columns
-    decoded = sum(
-        n * (g + c + s)
-        for n, g, c, s, mode in zip(
-            columns.steps,
-            columns.gpu_decodes,
-            columns.cpu_decodes,
-            columns.stream_decodes,
-            columns.mode,
-            strict=True,
-        )
-        if mode != Mode.RELAYED  # whose decodes on the CPU are a layer further only
-    )
+    on_gpu = zip(columns.steps, columns.gpu_decodes, columns.stream_decodes, strict=True)
+    decoded = sum(n * (resident + streamed) for n, resident, streamed in on_gpu)
+    decoded += sum(request.cpu_steps for request in record.requests)  # of relayed steps, those with a token
     resumed = sum(request.preemptions for request in record.requests)  # a token out of a second prefill
     tokens = sum(row.output_tokens for row in workload.requests)
     assert tokens - len(workload) - resumed <= decoded <= tokens - len(workload)

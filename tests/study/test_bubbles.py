@@ -71,15 +71,15 @@ def test_busy_and_idle_fill_the_step(shape: Shape, data: st.DataObject) -> None:
 
 
 def test_the_gpu_waits_for_relayed_attention_only_where_the_cpu_is_slower() -> None:
-    """It begins with the step and goes ahead of the GPU: nothing of the step but its planning comes before."""
+    """It begins with the step and goes ahead of the GPU: only the step's planning comes before."""
     template, keys = template_for(Shape(30, relay_out=True, relay_in=True))
     before_last_post = 0.001 + 29 * 0.006 + 2 * 0.002  # EMBED, 29 layers, and PRE and GPU_ATTN of the last
-    for attention, waits in ((0.001, 0.0), (0.009, 30 * 0.009 - before_last_post)):
+    for attention, idle_s in ((0.001, 0.0), (0.009, 30 * 0.009 - before_last_post)):
         price = {OpKind.CPU_ATTN: attention, OpKind.SEND: 0.0, OpKind.RECV: 0.0, OpKind.EMBED: 0.001}
         price |= {OpKind.HEAD: 0.002, OpKind.SCHEDULE: 0.004}
         idle = step_bubbles(template, [price.get(kind, 0.002) for kind, _, _ in keys])
         assert idle.get((Resource.GPU, "scheduling")) == pytest.approx(0.004)
-        assert idle.get((Resource.GPU, "cpu_attention"), 0.0) == pytest.approx(waits)
+        assert idle.get((Resource.GPU, "cpu_attention"), 0.0) == pytest.approx(idle_s)
         assert idle.get((Resource.CPU, "scheduling")) == pytest.approx(0.004)
 
 
