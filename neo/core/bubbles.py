@@ -188,7 +188,7 @@ def step_bubbles(template: Template, seconds: Sequence[Any]) -> Idle:
             rise = {k: idles[2].get(k, 0.0) - idles[1].get(k, 0.0) for k in keys}
             steady = all(abs(rise[k] - (idles[1].get(k, 0.0) - idles[0].get(k, 0.0))) <= near for k in keys)
             found = {k: idles[2].get(k, 0.0) + rise[k] * left for k in keys}
-            # What shrinks with every layer (a head start, say) comes to an end; from there it goes another way.
+            # What shrinks with every layer (a head start, say) ends; from there it goes another way.
             if steady and min(found.values(), default=0.0) >= -near:
                 return {k: max(0.0, value) for k, value in found.items()}
     return attribute(_run(sections, seconds, None))[1]

@@ -29,6 +29,8 @@ class Limits:
         for name in ("block_size", "max_seqs", "max_batch_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"limits: {name} must be at least 1, got {getattr(self, name)}")
+        if self.relay_rows < 0:
+            raise InputError(f"limits: relay_rows must be at least 0, got {self.relay_rows}")
 
 
 class SystemView:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import Chaos, Drive, Fixed, check_integrity, decoding, make_scheduler, run_plan, toy_model
 
+from neo.core.errors import InputError
 from neo.core.graph import NO_BATCH, RELAY, Op, OpKind, Resource
 from neo.core.pipeline import compile, kv_read, recv_bytes, sampled_rows, send_bytes
 from neo.core.plan import Evict, PrefillChunk, StepPlan, SubBatch
@@ -165,6 +166,11 @@ def test_the_random_plans_of_these_tests_do_relay() -> None:
             drive.finish()
     assert Mode.RELAYED in modes
     assert any(r.cpu_steps for r in drive.submitted)
+
+
+def test_rows_cannot_be_fewer_than_none() -> None:
+    with pytest.raises(InputError, match="relay_rows must be at least 0, got -1"):
+        make_scheduler(relay_rows=-1)
 
 
 # -- the graph ----------------------------------------------------------------------------------------------
