@@ -13,7 +13,7 @@ knows for how long, A is taken to be at most a share of the rate without the hos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -104,6 +104,16 @@ class Outlook(NamedTuple):
                 if time < least:
                     best, least = hosted, time
         return Choice(best, least)
+
+    def harmless(self, options: Sequence[Steady]) -> Steady:
+        """The one with the highest rate of those that make the mean time in the system no longer.
+
+        It is the first's time that they are held against. What they begin ahead counts half: seen from the
+        middle of a time with many in the system, as much of it is done already as will be done.
+        """
+        longest = self.best(options[:1]).seconds
+        fine = [o for o in options if self.best([o._replace(in_work=o.in_work / 2)]).seconds <= longest]
+        return max(fine, key=lambda option: option.rate, default=options[0])
 
     def on_host(self) -> Choice:
         """How many requests belong on the host where it serves them in two sub-batches."""

@@ -64,13 +64,13 @@ class RelayTarget:
         if options is None:
             options = self._known[load, most] = tuple(self._options(load, most))
         outlook = self.pipeline.outlook(view, load)
-        best, pipelined = outlook.best(options), outlook.on_host()
-        fastest = max(options, key=lambda option: option.rate)
-        if best.seconds * (1.0 if view.relaying else _WORTH) > pipelined.seconds:
+        aim, fastest = outlook.harmless(options), max(options, key=lambda option: option.rate)
+        usual = max([rate for _, rate in outlook.rates])
+        if not view.relaying and aim.rate < _WORTH * usual:
             return None
-        if not best.hosted and len(view.cpu_decodes) <= self.layers:
+        if not aim.hosted and len(view.cpu_decodes) <= self.layers:
             return None
-        return Goal(best.hosted, fastest.hosted)
+        return Goal(aim.hosted, fastest.hosted)
 
     def _options(self, load: Load, most: int) -> Iterator[Steady]:
         """Steady states; rates are relative to the one without the host, of which the pipeline's is taken."""
