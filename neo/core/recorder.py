@@ -64,8 +64,8 @@ class Recorder:
             on_cpu += len(batch.cpu_decode)
             streamed += len(batch.stream_decode)
             if batch.relay_decode:
-                on_cpu += len(batch.relay_decode)
                 relayed = tuple([r for r in batch.relay_decode if r.relay_layers == layers])
+                on_cpu += len(relayed)  # whose token the step brings
             if batch.prefill:
                 tokens += sum([c.length for c in batch.prefill])
                 completing += tuple(
