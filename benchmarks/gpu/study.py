@@ -55,6 +55,13 @@ def best_gain(model: ModelSpec, output: int, throughput: float, products: float,
     return (prompt_s + decode_s) / (prompt_s + (1.0 - share) * decode_s)
 
 
+def points_of(args: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """KV tokens, output tokens and requests of what is to be run."""
+    if args.points:
+        return [(int(t), int(o), int(n)) for t, o, n in (p.split("/") for p in args.points)]
+    return [(t, o, n) for (t, o), n in POINTS.items() if t in args.budgets and o in args.outputs]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,10 +73,12 @@ def main() -> None:
     parser.add_argument("--cost", default="roofline")
     parser.add_argument("--budgets", type=int, nargs="+", default=[3200, 6400, 12800, 26368, 45056])
     parser.add_argument("--outputs", type=int, nargs="+", default=[50, 200, 400])
+    parser.add_argument("--points", nargs="+", help="instead: KV tokens/output tokens/requests")
+    parser.add_argument("--timeline", type=int, default=0, help="steps of each run that are drawn")
     parser.add_argument("--policies", nargs="+", default=["gpu-only", "neo"])
     parser.add_argument("--policy-opt", action="append", default=[], help="POLICY.KEY=VALUE")
     parser.add_argument("--batch-tokens", type=int, default=512)
-    parser.add_argument("--host-tokens", type=int, default=40000, help="KV tokens of the host")
+    parser.add_argument("--host-tokens", type=int, default=160000, help="KV tokens of the host")
     parser.add_argument("--share", type=float, default=1.0, help="of the requests of every point")
     parser.add_argument(
         "--stop-after", type=float, default=540.0, help="seconds; points that do not fit are left out"
@@ -101,13 +110,11 @@ def main() -> None:
     read = read_bandwidth(threads) or parts.hardware.cpu_bandwidth
     print(f"{products / 1e12:.0f} TFLOP/s, {read / 1e9:.0f} GB/s by {threads} threads", flush=True)
     rows: list[dict[str, Any]] = []
-    for (tokens, output), number in POINTS.items():
-        if tokens not in args.budgets or output not in args.outputs:
-            continue
+    for tokens, output, number in points_of(args):
         if time.perf_counter() - began > args.stop_after:
             print("out of time", file=sys.stderr)
             break
-        count = max(8, round(args.share * number))
+        count = number if args.points else max(8, round(args.share * number))
         workload = synthetic(f"around:{PROMPT}:0.1", f"around:{output}:0.1", count)
         how = Measured(
             parts,
@@ -115,7 +122,7 @@ def main() -> None:
             TokenIds.random,
             ReplayOptions(0.0, None),
             warmup=True,
-            timeline=0,
+            timeline=args.timeline,
             bubbles=False,
         )
         row: dict[str, Any] = {"kv_tokens": tokens, "output": output, "requests": count}
@@ -124,7 +131,7 @@ def main() -> None:
                 policy=policy,
                 policy_options=options[policy],
                 kv_gpu_blocks=tokens // 16,
-                kv_cpu_blocks=args.host_tokens // 16,
+                kv_cpu_blocks=0 if policy == "gpu-only" else args.host_tokens // 16,
             )
             where = args.out / f"{tokens}-{output}-{policy}"
             result = Runner(
@@ -138,6 +145,7 @@ def main() -> None:
                 "per_token_s": metrics["latency_per_output_token_s"]["mean"],
                 "steps": metrics["steps"],
                 "pipelined": metrics["steps_pipelined"],
+                "relayed": metrics["steps_relayed"],
                 "preemptions": metrics["preemptions"],
                 "bytes_d2h": metrics["bytes_d2h"],
             }
@@ -164,7 +172,9 @@ def line(row: dict[str, Any]) -> str:
         ratio = run["request_throughput"] / first["request_throughput"]
         latency = run["per_token_s"] / first["per_token_s"]
         rate = run["request_throughput"]
-        found.append(f"{name} {rate:6.2f}/s x{ratio:.3f} latency x{latency:.3f} ({run['pipelined']} p)")
+        found.append(
+            f"{name} {rate:6.2f}/s x{ratio:.3f} latency x{latency:.3f} ({run['pipelined']} p, {run['relayed']} r)"
+        )
     if "bound" in row:
         found.append(f"bound x{row['bound']:.3f}")
     return "  ".join(found)

@@ -196,13 +196,13 @@ def test_the_share_of_prefill_is_what_outputs_leave() -> None:
 
 
 def test_the_estimate_is_what_the_simulator_reaches() -> None:
-    """A gain of half as much again: within a tenth, filling and draining the host included."""
+    """Nearly twice as much: within 15 %, filling and draining the host included."""
     system = machine(200)
     relay, known = target(system), load(system, 200)
     estimate = max(relay.rate(known, n)[0] for n in range(33, 80)) / relay.rate(known, 0)[0]
-    with_it = metrics(system, 200)["request_throughput"]
-    without = metrics(machine(200, "gpu-only"), 200)["request_throughput"]
-    assert with_it > 1.25 * without
+    with_it = metrics(system, 200, n=400)["request_throughput"]
+    without = metrics(machine(200, "gpu-only"), 200, n=400)["request_throughput"]
+    assert with_it > 1.7 * without
     assert 0.85 < with_it / without / estimate < 1.05
 
 
@@ -232,10 +232,11 @@ def test_relaying_never_costs(blocks: int, output: int, load: float | None) -> N
 
 def test_where_little_fits_relayed_steps_serve_more_and_sooner() -> None:
     on, off = (metrics(machine(200, relay=relay), 100) for relay in ("true", "false"))
+    gpu_only = metrics(machine(200, "gpu-only"), 100)
     assert on["decisions"]["relayed"] > 1000
     assert off["decisions"]["relayed"] == 0
     assert on["request_throughput"] > 1.2 * off["request_throughput"]
-    assert on["e2e_s"]["mean"] < 0.9 * off["e2e_s"]["mean"]
+    assert on["e2e_s"]["mean"] < off["e2e_s"]["mean"] < 0.9 * gpu_only["e2e_s"]["mean"]
     assert on["preemptions"] == 0
 
 
