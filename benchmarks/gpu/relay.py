@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/relay.py
 
-For numbers of decodes on the GPU and of requests on the host (spread evenly over the layers): the median step,
-the CPU's attention in it, and the tokens per second over those of the GPU's decodes alone. Steps are queued
-behind each other, as an engine with --ahead does; KV is reserved, not computed.
+For numbers of decodes on the GPU and of requests on the host (spread evenly over the layers): the median
+step, the CPU's attention in it, and the tokens per second over those of the GPU's decodes alone. Steps are
+queued behind each other, as an engine with --ahead does; KV is reserved, not computed.
 """
 
 from __future__ import annotations

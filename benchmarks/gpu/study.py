@@ -173,7 +173,8 @@ def line(row: dict[str, Any]) -> str:
         latency = run["per_token_s"] / first["per_token_s"]
         rate = run["request_throughput"]
         found.append(
-            f"{name} {rate:6.2f}/s x{ratio:.3f} latency x{latency:.3f} ({run['pipelined']} p, {run['relayed']} r)"
+            f"{name} {rate:6.2f}/s x{ratio:.3f} latency x{latency:.3f} "
+            f"({run['pipelined']} pipelined, {run['relayed']} relayed)"
         )
     if "bound" in row:
         found.append(f"bound x{row['bound']:.3f}")
