@@ -76,7 +76,7 @@ def padded(batches: Sequence[BatchInputs], most: Sequence[int], decodes: int) ->
             if gpu:  # products are tuned for some numbers of rows: all of them together should be one
                 together = padded_rows(len(batch.gpu) + lanes) - lanes
                 gpu = together if together <= decodes else gpu
-        if gpu + cpu + lanes > rows:
+        if gpu > decodes or gpu + cpu + lanes > rows:
             gpu, cpu = len(batch.gpu), len(batch.cpu)
         found.append(Layout(gpu + cpu + lanes, 0, gpu, gpu, cpu, gpu + cpu, lanes))
     return found
