@@ -1,6 +1,8 @@
 #include "handover.h"
 
 #include <cstdio>
+#include <memory>
+#include <new>
 
 #include "error.h"
 #include "thread.h"
@@ -9,7 +11,7 @@ namespace {
 
 using neo::fail;
 
-constexpr int32_t MAX_STAGES = 1024;
+constexpr int32_t MAX_STAGES = 1 << 16;
 
 neo_cpu_status check(const neo_cpu_handover &handover) noexcept {
     if (handover.size != sizeof(handover))
@@ -68,7 +70,9 @@ void set(volatile uint32_t *flag, uint32_t number) noexcept {
 neo_cpu_status neo::serve(const neo_cpu_handover &handover, neo_cpu_pool *pool, const Patience &patience) noexcept {
     if (const neo_cpu_status status = check(handover))
         return status;
-    Stage layers[MAX_STAGES];
+    const std::unique_ptr<Stage[]> layers(new (std::nothrow) Stage[handover.n_stages]);
+    if (layers == nullptr)
+        return fail(NEO_CPU_NO_MEMORY, "no memory for %d stages", handover.n_stages);
     for (int32_t s = 0; s < handover.n_stages; s++) {
         if (handover.stages[s].append != nullptr)
             layers[s].append = *handover.stages[s].append;

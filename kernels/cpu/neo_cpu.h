@@ -203,7 +203,7 @@ typedef struct neo_cpu_stage {
 typedef struct neo_cpu_handover {
     size_t size;
     const neo_cpu_stage *stages;
-    int32_t n_stages; /* 0 to 1024 */
+    int32_t n_stages; /* 0 to 65536 */
     int32_t layers;   /* 0 or more */
     int64_t *times;   /* NULL, or [layers][n_stages][2]: out: CLOCK_MONOTONIC in ns when the request was there and when
                          the answer was set; untouched where it did not come to that */

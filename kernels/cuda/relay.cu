@@ -81,11 +81,12 @@ neo_cuda_status check(const neo_cuda_relay *args) noexcept {
     NEO_TRY(check_bytes("kv_bytes", args->kv_bytes, 16));
     NEO_TRY(check_bytes("hidden_bytes", args->hidden_bytes, 16));
     NEO_TRY(check_bytes("angle_bytes", args->angle_bytes, 0));
-    NEO_TRY(check_rows(args->rows, args->hidden_bytes + int64_t{args->q_bytes} + 2 * args->kv_bytes, args->ctas));
+    const int64_t packed_bytes = args->q_bytes + 2 * int64_t{args->kv_bytes};
+    NEO_TRY(check_rows(args->rows, args->hidden_bytes + packed_bytes + 2 * int64_t{args->angle_bytes}, args->ctas));
     const int64_t strides[] = {args->q_stride, args->k_stride, args->v_stride};
     for (const int64_t stride : strides)
         NEO_TRY(check_bytes("a stride of q, k or v", stride, 0));
-    NEO_TRY(check_bytes("packed_stride", args->packed_stride, int64_t{args->q_bytes} + 2 * args->kv_bytes));
+    NEO_TRY(check_bytes("packed_stride", args->packed_stride, packed_bytes));
     NEO_TRY(check_bytes("came_stride", args->came_stride, args->q_bytes));
     NEO_TRY(check_bytes("out_stride", args->out_stride, args->q_bytes));
     NEO_TRY(check_bytes("hidden_stride", args->hidden_stride, args->hidden_bytes));
@@ -118,7 +119,7 @@ extern "C" neo_cuda_status neo_cuda_relay_rows(const neo_cuda_relay *args, void 
                        args->out_stride, args->hidden_stride, args->kept_stride, args->angle_stride, args->next_stride,
                        args->rows, args->q_bytes / 16, args->kv_bytes / 16, args->hidden_bytes / 16,
                        args->angle_bytes / 16, static_cast<uint64_t>(args->timeout_us) * 1000};
-    const int64_t bytes = int64_t{args->rows} * (int64_t{args->q_bytes} + 2 * args->kv_bytes);
+    const int64_t bytes = args->rows * (args->q_bytes + 2 * int64_t{args->kv_bytes});
     launch_kernel(relay_rows, ctas_for(args->ctas, bytes, BYTES_OF_AWAIT), THREADS, 0, static_cast<cudaStream_t>(stream),
                   kernel);
     return launched("relaying rows");

@@ -46,8 +46,8 @@ class HandOver:
         self, rows: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.channel = transfers.Channel(device)
-        self.packed = torch.zeros((rows, (heads + 2 * kv_heads) * dim), dtype=dtype).pin_memory()
-        self.answer = torch.zeros((rows, heads * dim), dtype=dtype).pin_memory()
+        self.packed = transfers.shared_zeros((rows, (heads + 2 * kv_heads) * dim), dtype, device)
+        self.answer = transfers.shared_zeros((rows, heads * dim), dtype, device)
         self.q = self.packed[:, : heads * dim].view(rows, heads, dim)
         self.k = self.packed[:, heads * dim : (heads + kv_heads) * dim].view(rows, kv_heads, dim)
         self.v = self.packed[:, (heads + kv_heads) * dim :].view(rows, kv_heads, dim)
@@ -90,6 +90,7 @@ class Submitted:
         self.ticket = 0
         self.keep: list[object] = []
         self.times: Callable[[], npt.NDArray[np.int64]] = lambda: np.zeros((0, 0, 2), dtype=np.int64)
+        self.place: Callable[[str], str] = lambda said: said  # layer and sub-batch in the library's words
 
     def seconds(self) -> npt.NDArray[np.int64]:
         """[layers, sub-batches, (begin, end)] in nanoseconds, once it has ended."""
@@ -165,8 +166,8 @@ class HostAttention:
         failed = any(channel.failed for channel in told.channels)
         ended = self._worker.await_end(told.ticket, TIMEOUT_S) != c.TIMEOUT
         if told.job.status or failed or not ended:
-            said = told.job.message.decode(errors="replace") or f"no answer within {TIMEOUT_S:g} s"
-            raise EngineError(f"CPU_ATTN failed: {said}")
+            said = told.place(told.job.message.decode(errors="replace"))
+            raise EngineError(f"CPU_ATTN failed: {said or f'no answer within {TIMEOUT_S:g} s'}")
 
     def close(self) -> None:
         """Stop the threads."""

@@ -78,6 +78,7 @@ class Operations:
         self.rows = [Rows(model, gpu, rows + relay_lanes, decodes, tuned.layers)]
         self._over: list[HandOver] = []
         self._relay: Relay | None = None
+        self._host_relay: HostRelay | None = None
         self._beside = new_stream(device)  # of what is done for relayed decodes while others attend
         self._exchanged: torch.cuda.Event | None = None
         if tables.cpu.total:
@@ -111,7 +112,7 @@ class Operations:
         if self.host is not None:
             self.host.close()
             self.host = None
-        self.rows, self._over, self._relay = [], [], None
+        self.rows, self._over, self._relay, self._host_relay = [], [], None, None
 
     def begin(self, inputs: StepInputs, sample: Sample) -> None:
         """The next step's inputs, and what chooses its tokens."""
@@ -140,6 +141,7 @@ class Operations:
         self.told = self.host.submit(parts) if parts and self.host is not None else None
         if (relayed := inputs.batches[0].relay) is not None:
             assert self._relay is not None
+            assert self._host_relay is not None
             assert self.host is not None
             self._relay.begin(relayed, layouts[0].relay, layouts[0].relay_rows)
             self.told = self.host.submit_relay(self._host_relay, relayed)

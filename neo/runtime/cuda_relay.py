@@ -9,6 +9,7 @@ step and answered in the next: no kernel waits for the CPU unless it takes longe
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,12 +23,13 @@ from neo.runtime.block_tables import Ints, TierBlocks
 from neo.runtime.cuda_host import TIMEOUT_S, Submitted
 from neo.runtime.cuda_kernels import Launch
 from neo.runtime.cuda_rows import Rows
-from neo.runtime.cuda_transfers import Channel
+from neo.runtime.cuda_transfers import Channel, shared_zeros
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.native_args import fill_append, fill_decode
 from neo.runtime.step_inputs import RelayRows
 
+_STAGE = re.compile(r"^layer 0, stage (\d+): ")  # of a hand-over that failed: all layers are stages of one
 _IN_FLIGHT = 3  # jobs whose arguments are kept: of the step that runs, of one behind it, and one to spare
 
 
@@ -52,14 +54,14 @@ class Relay:
         self._rows = rows
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         shape = (config.layers, lanes)
-        self.packed = torch.zeros((*shape, width), dtype=dtype).pin_memory()
-        self.answer = torch.zeros((*shape, config.heads * config.head_dim), dtype=dtype).pin_memory()
+        self.packed = shared_zeros((*shape, width), dtype, device)
+        self.answer = shared_zeros((*shape, config.heads * config.head_dim), dtype, device)
         self.channels = [Channel(device) for _ in range(config.layers)]
         self.asked = 0
         self._kept = torch.zeros((*shape, config.hidden), dtype=dtype, device=device)
         count = config.layers * lanes
         self._positions = torch.zeros(count, dtype=torch.int32, device=device)
-        self._hosts = [torch.zeros(count, dtype=torch.int32).pin_memory() for _ in range(2)]
+        self._hosts = [shared_zeros((count,), torch.int32, device) for _ in range(2)]
         self._cos, self._sin = (
             torch.zeros((count, config.head_dim), dtype=dtype, device=device) for _ in range(2)
         )
@@ -87,11 +89,6 @@ class Relay:
         )
         return Launch("neo_cuda_relay_rows", args, (self, self.channels, self._kept))
 
-    @property
-    def failed(self) -> bool:
-        """Whether an answer did not come in time."""
-        return any(channel.failed for channel in self.channels)
-
     def begin(self, given: RelayRows, row: int, lanes: int) -> None:
         """The next step's, in ``lanes`` rows from ``row`` on, some of them nobody's, on this stream."""
         self._hosts.reverse()
@@ -100,9 +97,10 @@ class Relay:
         self._positions.copy_(self._hosts[0], non_blocking=True)
         args, rows, by = self._launch.args, self._rows, self._kept.element_size()
         args.rows = lanes
-        for name, buffer in (("q", rows.q), ("k", rows.k), ("v", rows.v)):
-            setattr(args, name, buffer.data_ptr() + row * buffer.stride(0) * by)
         for name, buffer in (
+            ("q", rows.q),
+            ("k", rows.k),
+            ("v", rows.v),
             ("out", rows.attended),
             ("hidden", rows.hidden),
             ("cos", rows.cos),
@@ -110,11 +108,11 @@ class Relay:
         ):
             setattr(args, name, buffer.data_ptr() + row * buffer.stride(0) * by)
 
-    def turn(self) -> None:
-        """Angles of every layer's rows."""
-        self._angles()
+    def turn(self, stream: int | None = None) -> None:
+        """Angles of every layer's rows. ``stream``: its handle, None for torch's current one."""
+        self._angles(stream)
 
-    def exchange(self, layer: int) -> None:
+    def exchange(self, layer: int, stream: int | None = None) -> None:
         """Between a layer's PRE and its POST."""
         args, by = self._launch.args, self._kept.element_size()
         args.channel = ctypes.pointer(self.channels[layer].struct)
@@ -126,7 +124,7 @@ class Relay:
         if behind < self.layers:
             first = behind * self.lanes * self._cos.stride(0) * by
             args.next_cos, args.next_sin = self._cos.data_ptr() + first, self._sin.data_ptr() + first
-        self._launch()
+        self._launch(stream)
 
 
 class _Run(NamedTuple):
@@ -148,6 +146,7 @@ class _Arguments:
         most = layers * (1 + lanes // 2)
         dim, kv_heads = memory.head_dim, memory.kv_heads
         self.numbers: Ints = np.zeros((3, layers, lanes), dtype=np.int32)  # slots, positions, lengths
+        self.first = [numbers.ctypes.data for numbers in self.numbers]
         self.stages = (cpu.Stage * most)()
         self.appends, self.decodes = (cpu.Append * most)(), (cpu.Decode * most)()
         self.times = np.zeros((most, 2), dtype=np.int64)
@@ -170,6 +169,26 @@ class _Arguments:
         self.handover = cpu.Handover(stages=self.stages, layers=1, times=self.times.ctypes.data)
         self.job = cpu.Job(handover=ctypes.pointer(self.handover))
 
+    def describe(self, index: int, run: _Run, relay: Relay, tables: Ints, address: int) -> None:
+        """What a stage appends and attends to, by the tables [layers, slots, width] at ``address``."""
+        stage, append, decode = self.stages[index], self.appends[index], self.decodes[index]
+        if not run.lanes:
+            stage.append = stage.decode = None
+            return
+        at = run.layer * relay.lanes + run.first
+        packed_row, answer_row = self.row_bytes
+        packed, answer = relay.packed.data_ptr() + at * packed_row, relay.answer.data_ptr() + at * answer_row
+        append.k, append.v = packed + self.k_at, packed + self.v_at
+        decode.q, decode.out = packed, answer
+        append.block_tables = decode.block_tables = address + run.layer * tables.strides[0]
+        append.table_stride = decode.table_stride = tables.strides[1] // tables.itemsize
+        append.n_sequences = decode.n_sequences = tables.shape[1]
+        slots, positions, lengths = (first + 4 * at for first in self.first)
+        append.sequences = decode.sequences = slots
+        append.positions, decode.lengths = positions, lengths
+        append.rows = decode.batch = run.lanes
+        stage.append, stage.decode = ctypes.pointer(append), ctypes.pointer(decode)
+
 
 class HostRelay:
     """The host's side: what its threads are told before a step.
@@ -188,47 +207,28 @@ class HostRelay:
     def job(self, rows: RelayRows) -> Submitted:
         """CPU attention of all layers for a step; it waits for what the step before has posted."""
         self._ring.append(self._ring.pop(0))
-        own, relay = self._ring[0], self.relay
+        own, relay, tables = self._ring[0], self.relay, self.tier.tables
         slots, positions, lengths = own.numbers
         slots[:, : rows.lanes] = rows.slots[1:]
         lengths[:, : rows.lanes] = rows.lengths[1:]
         positions[:, : rows.lanes] = rows.lengths[1:] - 1
         runs = _runs(slots[:, : rows.lanes] >= 0)
-        tables = self.tier.tables
-        address, layer_bytes, size = tables.ctypes.data, tables.strides[0], tables.strides[1] // 4
-        first = [own.numbers[i].ctypes.data for i in range(3)]
-        packed_row, answer_row = own.row_bytes
+        address = tables.ctypes.data
         for i, run in enumerate(runs):
-            stage, append, decode = own.stages[i], own.appends[i], own.decodes[i]
-            channel = relay.channels[run.layer]
+            stage, channel = own.stages[i], relay.channels[run.layer]
             begins = i == 0 or runs[i - 1].layer != run.layer
             ends = i + 1 == len(runs) or runs[i + 1].layer != run.layer
             stage.request = channel.request if begins and relay.asked else None
             stage.answer = channel.answer if ends else None
             stage.first = relay.asked & 0xFFFFFFFF
-            if not run.lanes:
-                stage.append = stage.decode = None
-                continue
-            at = run.layer * relay.lanes + run.first
-            packed, answer = (
-                relay.packed.data_ptr() + at * packed_row,
-                relay.answer.data_ptr() + at * answer_row,
-            )
-            table = address + run.layer * layer_bytes
-            append.k, append.v = packed + own.k_at, packed + own.v_at
-            decode.q, decode.out = packed, answer
-            append.block_tables = decode.block_tables = table
-            append.table_stride = decode.table_stride = size
-            append.n_sequences = decode.n_sequences = tables.shape[1]
-            append.sequences = decode.sequences = first[0] + 4 * at
-            append.positions, decode.lengths = first[1] + 4 * at, first[2] + 4 * at
-            append.rows = decode.batch = run.lanes
-            stage.append, stage.decode = ctypes.pointer(append), ctypes.pointer(decode)
+            own.describe(i, run, relay, tables, address)
         own.handover.n_stages = len(runs)
         own.job.status = 0
         relay.asked += 1
         told = Submitted(relay.channels, own.job)
+        told.keep.append(tables)  # when they grow, these are nobody else's
         told.times = lambda: layer_times(runs, own.times, relay.layers)[:, None]
+        told.place = lambda said: _STAGE.sub(lambda found: f"layer {runs[int(found[1])].layer}: ", said)
         return told
 
 

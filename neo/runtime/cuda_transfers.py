@@ -78,6 +78,12 @@ def copy_blocks(
     return Launch(name, args, (src, dst, src_blocks, dst_blocks, count_at))
 
 
+def shared_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host memory that both sides see, cleared: pinned where the device is a GPU."""
+    zeros = torch.zeros(shape, dtype=dtype)
+    return zeros.pin_memory() if device.type == "cuda" else zeros
+
+
 class Channel:
     """A hand-over channel: numbers that only grow, in pinned memory and on the device.
 
@@ -88,8 +94,7 @@ class Channel:
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self._state = torch.zeros(4, dtype=torch.int32, device=device)
-        flags = torch.zeros(3 * self._LINE, dtype=torch.int32)
-        self._flags = flags.pin_memory() if self._state.is_cuda else flags
+        self._flags = shared_zeros((3 * self._LINE,), torch.int32, self._state.device)
         self.request, self.answer, self.error = (
             self._flags.data_ptr() + i * 4 * self._LINE for i in range(3)
         )

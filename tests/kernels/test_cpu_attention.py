@@ -50,6 +50,32 @@ def test_lengths_from_one_to_thousands(pool: ck.Pool, dtype: KVType) -> None:
     make_case(rng, lengths, dtype, 128, (8, 2), 16).check(pool)
 
 
+@pytest.mark.parametrize("block_size", [8, 32])
+@pytest.mark.parametrize("dtype", list(KVType))
+def test_lengths_around_every_cut(pool: ck.Pool, dtype: KVType, block_size: int) -> None:
+    """Pieces have 256 tokens in sequences of up to 4096, and 1024 in longer ones."""
+    lengths = [255, 256, 257, 512, 513, 1025, 4095, 4096, 4097, 5120, 5121]
+    make_case(np.random.default_rng(block_size), lengths, dtype, 64, (4, 2), block_size).check(pool)
+
+
+def test_a_sequence_that_grows_beyond_the_finer_cuts(pool: ck.Pool) -> None:
+    """Token by token, beside one that gets shorter: each result is right, and that of the sequence alone."""
+    rng = np.random.default_rng(12)
+    case = make_case(rng, [4099, 4099], KVType.FP16, 64, (4, 2), 16)
+    with ck.Pool(threads=1) as one:
+        for length in range(4093, 4100):
+            k, v = rng.standard_normal((2, 1, 2, 64)).astype(np.float32)
+            ck.append_kv(pool, case.cache, k, v, case.tables, np.array([length - 1], np.int32))
+            case.lengths[:] = length, 2 * 4096 - length
+            case.check(pool)
+            out, lse = case.run(pool)
+            alone = Case(
+                case.cache, case.q[:1], case.io_type, case.tables[:1], case.lengths[:1], case.scale
+            ).run(one)
+            assert np.array_equal(out[:1], alone[0])
+            assert np.array_equal(lse[:1], alone[1])
+
+
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 10.0, 100.0])
 def test_flat_and_sharp_scores(pool: ck.Pool, spread: float) -> None:
     """Scores of 0 and scores in the hundreds: the softmax's reference has to move, and far."""
@@ -134,7 +160,7 @@ def _shuffled(case: Case, rng: np.random.Generator) -> Case:
 
 @settings(max_examples=40)
 @given(
-    lengths=st.lists(st.integers(0, 1500), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(0, 1500) | st.sampled_from([256, 257, 4096, 4097]), min_size=1, max_size=5),
     heads=st.sampled_from([(1, 1), (6, 2), (8, 8), (5, 1)]),
     head_dim=st.sampled_from([32, 80, 128]),
     block_size=st.sampled_from([8, 16, 32]),

@@ -252,7 +252,7 @@ def test_a_failing_handover_answers_everything(wrong: str) -> None:
 @needs_library
 def test_bad_handovers_are_refused(worker: Worker) -> None:
     for change, said in (
-        ({"n_stages": 1025}, "n_stages is 1025"),
+        ({"n_stages": 65537}, "n_stages is 65537"),
         ({"layers": -1}, "layers is -1"),
         ({"n_stages": 1}, "stages must not be NULL"),
         ({"size": 3}, "hand-over has size 3"),
