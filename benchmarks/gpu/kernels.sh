@@ -40,7 +40,8 @@ if wanted tests; then
     then=$(seconds)
     timeout 120 python3 -m pytest -q -p no:cacheprovider tests/kernels/test_cuda_attention.py \
         tests/kernels/test_cuda_rows.py tests/kernels/test_cuda_handover.py tests/kernels/test_cuda_library.py \
-        tests/kernels/test_cuda_linear.py tests/kernels/test_cuda_overlap.py -k "not emulated" \
+        tests/kernels/test_cuda_linear.py tests/kernels/test_cuda_overlap.py tests/kernels/test_cuda_relay.py \
+        tests/kernels/test_cuda_relay_steps.py -k "not emulated" \
         >"$out/tests.log" 2>&1 || status=1
     grep -E "^(FAILED|ERROR|E  )" "$out/tests.log" | head -n 25
     tail -n 1 "$out/tests.log"

@@ -199,7 +199,11 @@ typedef struct neo_cpu_stage {
     int64_t layer_stride; /* entries of the block tables */
 } neo_cpu_stage;
 
-/* Layer by layer the stages in their order: with two sub-batches, CPU attention of batch 0, then of batch 1. */
+/*
+ * Layer by layer the stages in their order: with two sub-batches, CPU attention of batch 0, then of batch 1. Where each
+ * layer has rows, block tables and a channel of its own, as with relayed decodes, the layers are stages of one `layer`;
+ * rows of a layer that do not lie side by side are then several, the first with the request and the last with the answer.
+ */
 typedef struct neo_cpu_handover {
     size_t size;
     const neo_cpu_stage *stages;
