@@ -16,7 +16,6 @@ from torch import Tensor
 
 from neo.core.graph import RELAY, RESOURCE_OF, OpKind, Resource, Template
 from neo.core.plan import StepPlan
-from neo.runtime import cuda_kernels as kernels
 from neo.runtime.block_tables import BlockTables, Copies, Ints
 from neo.runtime.cuda_attention import Prefill
 from neo.runtime.cuda_host import HandOver, HostAttention, Submitted
@@ -25,7 +24,8 @@ from neo.runtime.cuda_memory import TableMirror
 from neo.runtime.cuda_program import COPIES, ORDERED, Step, program
 from neo.runtime.cuda_relay import HostRelay, Relay
 from neo.runtime.cuda_rows import Layout, Rows
-from neo.runtime.cuda_step import LayerCopies, Special, Way, special_rows, to_device
+from neo.runtime.cuda_special import SpecialRows
+from neo.runtime.cuda_step import LayerCopies, Way, special_rows, to_device
 from neo.runtime.cuda_timeline import Timeline
 from neo.runtime.executor import Sample
 from neo.runtime.kv_memory import KVMemory
@@ -95,7 +95,7 @@ class Operations:
         self._copying = LayerCopies(gpu, cpu, device)
         self._prefill = Prefill(model, gpu)
         self._capturing = False
-        self._special: Special | None = None
+        self._special: SpecialRows | None = None
         self.timeline: Timeline | None = None
         self.told: Submitted | None = None
         self._handlers: dict[OpKind, Callable[[int, int], None]] = {
@@ -191,51 +191,23 @@ class Operations:
         inputs, self.timeline = self._inputs, timeline
         layouts = [_layout(b) for b in inputs.batches]
         first = inputs.batches[0]
-        self._special = None
+        self._special, special = None, None
         self._late = (
             to_device(first.late.slots, self.model.device),
             to_device(first.late.positions, self.model.device),
         )
         if copied:
-            self._special, into, back = special_rows(first, plan, self.tables, self._standing)
+            special, into, back = special_rows(first, plan, self.tables, self._standing)
             self._copying.begin(copies, self.model.config.layers, into, back)
-            self._special_inputs(first)
+            self._special = None if special is None else SpecialRows(special, first, self.rows[0])
         self.fill(inputs, layouts)
         self._submit(inputs, layouts, counted=False)
-        self._prefill.begin(first, self._special)
+        self._prefill.begin(first, special)
         self._layouts = layouts
         if copied:  # copies read lists, and write blocks, that the main stream is about to have ready
             ready = self._main.record_event()
             for stream in self.streams.values():
                 stream.wait_event(ready)
-
-    def _special_inputs(self, batch: BatchInputs) -> None:
-        """Tables, rows and lengths of special rows on the device, and attention of streamed decodes."""
-        special, device = self._special, self.model.device
-        self._streamed: kernels.Attention | None = None
-        if special is None:
-            return
-        self._special_tables = to_device(special.tables, device)
-        chunks = batch.chunks[len(batch.chunks) - (special.tables.shape[1] - special.streams) :]
-        rows = np.concatenate(
-            [
-                np.arange(special.streams, dtype=np.int32),
-                *(np.full(c.length, special.streams + i, dtype=np.int32) for i, c in enumerate(chunks)),
-            ]
-        )
-        positions = [batch.stream.positions, batch.spill.positions]
-        self._special_slots = to_device(rows.astype(np.int32), device)
-        self._special_positions = to_device(np.concatenate(positions).astype(np.int32), device)
-        if n := special.streams:
-            own = self.rows[0]
-            at = slice(batch.stream.row, batch.stream.row + n)
-            lengths = to_device(batch.stream.lengths, device)
-            size = kernels.decode_workspace(own.cache, n, own.heads)
-            workspace = torch.zeros(max(16, size), dtype=torch.uint8, device=device)
-            self._streamed = kernels.decode(
-                own.cache, own.q[at], own.out[at], self._special_tables[0], lengths, workspace
-            )
-            self._streamed.plan()
 
     def _issue(self, step: Step, layer: int, copied: bool) -> None:
         kind, batch = step.kind, step.batch
@@ -322,37 +294,19 @@ class Operations:
         weights = self.model.weights.layers[layer]
         self.rows[batch].pre(layer, weights, self._table(layer), layer == 0)
         if batch == 0 and self._special is not None and not self._special.prefixed:
-            self._append_special(layer)
-
-    def _special_table(self, layer: int) -> tuple[int, int]:
-        """Address of special rows' tables of a layer, and entries between its rows."""
-        tables = self._special_tables
-        return tables.data_ptr() + 4 * layer * tables.stride(0), tables.stride(1)
-
-    def _append_special(self, layer: int) -> None:
-        special, batch = self._special, self._inputs.batches[0]
-        assert special is not None
-        table = self._special_table(layer)
-        n = special.streams
-        own = self.rows[0]
-        slots, positions = self._special_slots, self._special_positions
-        if n:
-            own.append(batch.stream.row, n, slots[:n], positions[:n], table)
-        if rest := len(slots) - n:
-            own.append(batch.spill.row, rest, slots[n:], positions[n:], table)
+            self._special.append(layer)
 
     def _gpu_attention(self, batch: int, layer: int) -> None:
         rows, late = self.rows[batch], self._inputs.batches[batch].late
         if len(late):
             rows.append(late.row, len(late), *self._late, self._table(layer))
-        if self._deferred:
-            self._append_special(layer)
-        special = None if self._special is None else self._special_table(layer)
-        self._prefill.run(rows, self._table(layer), special)
+        special = self._special
+        if special is not None and special.prefixed:
+            special.append(layer)
+        self._prefill.run(rows, self._table(layer), None if special is None else special.table(layer))
         rows.attend(layer, self._table(layer), early=not self._copied)
-        if self._special is not None and self._streamed is not None:
-            self._streamed.attend.args.block_tables = self._special_table(layer)[0]
-            self._streamed.attend()
+        if special is not None:
+            special.attend(layer)
 
     def _send(self, batch: int, _layer: int) -> None:
         """q, k and v of CPU decodes to the host."""
