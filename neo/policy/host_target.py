@@ -108,11 +108,13 @@ class Outlook(NamedTuple):
     def harmless(self, options: Sequence[Steady]) -> Steady:
         """The one with the highest rate of those that make the mean time in the system no longer.
 
-        It is the first's time that they are held against. What they begin ahead counts half: seen from the
-        middle of a time with many in the system, as much of it is done already as will be done.
+        It is the first's time that they are held against. Of a queue that only drains, what is begun ahead
+        counts half: seen from the middle of it, as much is done already as will be done. While others
+        arrive, it is still to be done; in between, in proportion.
         """
         longest = self.best(options[:1]).seconds
-        fine = [o for o in options if self.best([o._replace(in_work=o.in_work / 2)]).seconds <= longest]
+        ahead = 0.5 + 0.5 * min(1.0, self.arriving / options[0].rate)
+        fine = [o for o in options if self.best([o._replace(in_work=ahead * o.in_work)]).seconds <= longest]
         return max(fine, key=lambda option: option.rate, default=options[0])
 
     def on_host(self) -> Choice:

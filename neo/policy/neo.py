@@ -94,7 +94,7 @@ class NeoOptions:
         default=True,
         metadata={
             "help": "relay CPU decodes, a layer a step beside one pass over the weights, where that is "
-            "estimated to shorten the mean time in the system more than two sub-batches"
+            "estimated to serve more requests than two sub-batches and to make them wait no longer"
         },
     )
     faithful: bool = field(

@@ -4,8 +4,8 @@ Relayed decodes (``SubBatch.relay_decode``) have the CPU to themselves for a who
 of L layers attends for N / (L + 1) requests, and N / (L + 1) tokens come out. More of them than the CPU can
 serve within a step make the GPU wait: the N of the best rate keeps the CPU busy for as long as a step takes.
 
-A request on the host takes L + 1 steps for a token. So, as with two sub-batches, no more are sent there than
-shorten the mean time in the system (``neo.policy.host_target``), where what has been done for them before
+A request on the host takes L + 1 steps for a token. As many are sent there as give the highest rate and make
+the mean time in the system no longer (``neo.policy.host_target``), where what has been done for them before
 their turn counts as work begun: those in work are half done on average; those on the host have their prompt
 computed, and as many of their tokens as the host makes before the GPU has room for them, half of that on
 average. With fewer than L + 1 of them there would be steps in which nobody on the host is between two tokens,
@@ -49,7 +49,7 @@ class RelayTarget:
         self._known: dict[tuple[Load, int], tuple[Steady, ...]] = {}
 
     def look(self, view: SystemView, budget: int) -> Goal | None:
-        """The best goal; None where two sub-batches give a shorter mean time in the system.
+        """The best goal; None where it is not worth beginning, beside the GPU alone and two sub-batches.
 
         None too while nobody decodes: nothing is known of outputs.
 
