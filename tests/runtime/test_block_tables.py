@@ -83,6 +83,9 @@ class Memory:
                     on_host = bool(r.host_layers >> layer & 1)
                     tier = Tier.CPU if on_host else Tier.GPU
                     self.write(r.id, tier, layer, range(r.computed, r.computed + 1))
+            for r in batch.relay_decode:  # a layer's KV comes with its attention, a step behind its PRE
+                if r.relay_layers == layer + 1:
+                    self.write(r.id, Tier.CPU, layer, range(r.computed, r.computed + 1))
 
     def check(self, requests: list[Request]) -> None:
         """Every computed token of every layer is where the request's table says."""
@@ -90,7 +93,7 @@ class Memory:
             for layer in range(self.layers):
                 tier = Tier.CPU if r.host_layers >> layer & 1 else Tier.GPU
                 row = self.row(r.id, tier, layer) if r.computed else []
-                assert len(row) == blocks_for(r.computed, self.size)
+                assert len(row) == blocks_for(r.computed + bool(r.relay_layers), self.size)
                 got = [self.cells[tier].get((row[p // self.size], p % self.size)) for p in range(r.computed)]
                 assert got == [Token(r.id, layer, p) for p in range(r.computed)], f"{r.id} layer {layer}"
 
