@@ -42,8 +42,8 @@ def compile(plan: StepPlan, model: ModelSpec, block_size: int = 16, staging_laye
     """The StepGraph of a validated plan with at least one sub-batch, before it is applied.
 
     ``staging_layers`` is the number of staging buffers that streamed layers rotate through, unless the plan
-    brings its own (``ring``). Sizes in the
-    graph's works are per layer and over all tensor-parallel ranks; copies move whole blocks.
+    brings its own (``ring``). Sizes in the graph's works are per layer and over all tensor-parallel ranks;
+    copies move whole blocks.
     """
     batch = plan.batches[0]
     if (

@@ -76,6 +76,7 @@ class _Stop(NamedTuple):
     reason: FinishReason
     end_s: float
     generated: int
+    cpu_steps: int
     last_token_s: float | None
 
 
@@ -286,14 +287,15 @@ class Scheduler:
         if self._in_flight is None or not _takes_part(request, self._in_flight):
             self._books.end(request, state, reason, now)
         else:
-            self._stopping.append(_Stop(request, state, reason, now, request.generated, request.last_token_s))
+            r = request
+            self._stopping.append(_Stop(r, state, reason, now, r.generated, r.cpu_steps, r.last_token_s))
 
     def _leave_stopped(self) -> list[_Stop]:
         """Requests that had stopped leave: what the step planned ahead computed for them is void."""
         stopping, self._stopping = self._stopping, []
         for stop in stopping:
             self._books.end(stop.request, stop.state, stop.reason, stop.end_s)
-            stop.request.generated = stop.generated
+            stop.request.generated, stop.request.cpu_steps = stop.generated, stop.cpu_steps
         return stopping
 
     # -- planning -----------------------------------------------------------------------------------------

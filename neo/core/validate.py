@@ -247,15 +247,24 @@ def _check_relay(view: SystemView, plan: StepPlan) -> None:
             raise PlanError("relay", f"it is within a token, {r.relay_layers} layers on", r.id)
     if not relayed:
         return
-    if len(plan.batches) > 1 or plan.batches[0].cpu_decode:
+    if len(plan.batches) > 1:
+        raise PlanError(
+            "relay", "relayed decodes go in a sequential step, not in two sub-batches", relayed[0].id
+        )
+    if plan.batches[0].cpu_decode:
         raise PlanError("relay", "relayed decodes beside other CPU decodes", relayed[0].id)
-    gone = sum([e.request.relay_layers > 0 for e in plan.evict])
-    if within != view.relaying - gone:
-        raise PlanError("relay", f"{within} of {view.relaying} requests within a token go on, not all")
+    gone = {e.request.id for e in plan.evict if e.request.relay_layers}
+    if within != view.relaying - len(gone):
+        named = gone | {r.id for r in relayed}
+        left = next(r.id for r in view.cpu_decodes if r.relay_layers and r.id not in named)
+        raise PlanError(
+            "relay", f"it is left behind: {within} of {view.relaying} within a token go on, not all", left
+        )
     if (rows := relay_rows(relayed)) > view.limits.relay_rows:
         raise PlanError("relay", f"{rows} rows, limits.relay_rows is {view.limits.relay_rows}")
-    if any(m.request.id in {r.id for r in relayed} for m in plan.moves):
-        raise PlanError("relay", "KV of relayed decodes cannot move", relayed[0].id)
+    going = {r.id for r in relayed}
+    if moving := next((m.request.id for m in plan.moves if m.request.id in going), None):
+        raise PlanError("relay", "KV of relayed decodes cannot move", moving)
 
 
 def _check_budgets(view: SystemView, plan: StepPlan) -> None:

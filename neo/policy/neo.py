@@ -94,7 +94,8 @@ class NeoOptions:
         default=True,
         metadata={
             "help": "relay CPU decodes, a layer a step beside one pass over the weights, where that is "
-            "estimated to serve more requests than two sub-batches and to make them wait no longer"
+            "estimated to serve more requests than two sub-batches and to make them wait no longer; not with "
+            "prefill=whole or eager=true"
         },
     )
     faithful: bool = field(

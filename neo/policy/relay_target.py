@@ -60,6 +60,7 @@ class RelayTarget:
         if load is None:
             return None
         most = min(load.host // load.kv, view.limits.relay_rows * (self.layers + 1))
+        most = min(most, view.limits.max_seqs - load.resident)  # who asks for few in work gets few
         options = self._known.get((load, most))
         if options is None:
             options = self._known[load, most] = tuple(self._options(load, most))

@@ -211,7 +211,8 @@ class CudaExecutor:
         answers: dict[int, npt.NDArray[np.int64]] = {}
         if told is not None:
             seconds = told.seconds()
-            answers = {b: seconds[:, i] for i, b in enumerate(_with_cpu(inputs))}
+            if OpKind.CPU_ATTN in graph.template.kinds:  # of relayed decodes somebody may have come back yet
+                answers = {b: seconds[:, i] for i, b in enumerate(_with_cpu(inputs))}
         if timeline is not None:
             for work, found in timeline.slices(number, answers):
                 times.seconds[work] += found.end_s - found.start_s
@@ -220,8 +221,6 @@ class CudaExecutor:
             if number < self.slices_of:
                 for batch, seconds in answers.items():
                     times.slices += host_slices(number, batch, seconds)
-        if inputs.batches[0].relay is not None and OpKind.CPU_ATTN not in graph.template.kinds:
-            answers.clear()  # nobody came back yet
         for batch, seconds in answers.items():
             taken = float((seconds[:, 1] - seconds[:, 0]).sum()) * 1e-9
             times.seconds[work_of(graph.template, OpKind.CPU_ATTN, batch)] = taken

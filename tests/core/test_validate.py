@@ -220,13 +220,13 @@ CASES: list[tuple[str, list[str], str | None, Broken]] = [
     ("relay", ["other CPU decodes"], "cpu", lambda s: relay([s.cpu], cpu=[s.c2])),
     (
         "relay",
-        ["other CPU decodes"],
+        ["not in two sub-batches"],
         "cpu",
         lambda s: StepPlan((SubBatch(relay_decode=(s.cpu,)), SubBatch(cpu_decode=(s.c2,)))),
     ),
     (
         "relay",
-        ["other CPU decodes"],
+        ["not in two sub-batches"],
         "c2",
         lambda s: StepPlan(
             (SubBatch(gpu_decode=(s.gpu,)), SubBatch(cpu_decode=(s.cpu,), relay_decode=(s.c2,)))
@@ -236,8 +236,8 @@ CASES: list[tuple[str, list[str], str | None, Broken]] = [
     ("relay", ["1 layers on"], "cpu", lambda s: within(s) or one(gpu=[s.cpu], moves=(KVMove(s.cpu, GPU),))),
     ("relay", ["1 layers on"], "cpu", lambda s: within(s) or one(stream=[s.cpu, s.split])),
     ("relay", ["1 layers on"], "cpu", lambda s: within(s) or one(gpu=[s.gpu], moves=(KVMove(s.cpu, GPU),))),
-    ("relay", ["0 of 1"], None, lambda s: within(s) or relay([s.c2])),
-    ("relay", ["0 of 1"], None, lambda s: within(s) or relay([s.c2], gpu=[s.gpu])),
+    ("relay", ["left behind", "0 of 1"], "cpu", lambda s: within(s) or relay([s.c2])),
+    ("relay", ["left behind", "0 of 1"], "cpu", lambda s: within(s) or relay([s.c2], gpu=[s.gpu])),
     ("relay", ["2 rows", "relay_rows is 1"], None, lambda s: narrow(s, 1) or relay([s.cpu, s.c2])),
     ("relay", ["1 rows", "relay_rows is 0"], None, lambda s: narrow(s, 0) or relay([s.cpu])),
     ("relay", ["cannot move"], "split", lambda s: relay([s.split], moves=(KVMove(s.split, CPU, (0, 2)),))),
