@@ -77,6 +77,7 @@ class Ahead:
             assert r.done
             if r.state is not State.REJECTED:
                 assert r.generated == self.stopped.get(r.id, r.max_tokens)
+                assert r.cpu_steps < max(1, r.generated), "of a step that was void nothing counts"
             assert r.finish_s is not None
             if r.last_token_s is not None and r.finish_reason is not FinishReason.ABORT:
                 assert r.last_token_s == r.finish_s
