@@ -74,7 +74,6 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[3200, 6400, 12800, 26368, 45056])
     parser.add_argument("--outputs", type=int, nargs="+", default=[50, 200, 400])
     parser.add_argument("--points", nargs="+", help="instead: KV tokens/output tokens/requests")
-    parser.add_argument("--timeline", type=int, default=0, help="steps of each run that are drawn")
     parser.add_argument("--policies", nargs="+", default=["gpu-only", "neo"])
     parser.add_argument("--policy-opt", action="append", default=[], help="POLICY.KEY=VALUE")
     parser.add_argument("--batch-tokens", type=int, default=512)
@@ -122,7 +121,7 @@ def main() -> None:
             TokenIds.random,
             ReplayOptions(0.0, None),
             warmup=True,
-            timeline=args.timeline,
+            timeline=0,
             bubbles=False,
         )
         row: dict[str, Any] = {"kv_tokens": tokens, "output": output, "requests": count}

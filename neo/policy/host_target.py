@@ -117,10 +117,10 @@ class Outlook(NamedTuple):
         fine = [o for o in options if self.best([o._replace(in_work=ahead * o.in_work)]).seconds <= longest]
         return max(fine, key=lambda option: option.rate, default=options[0])
 
-    def on_host(self) -> Choice:
+    def on_host(self) -> int:
         """How many requests belong on the host where it serves them in two sub-batches."""
         found = self.best([Steady(n, rate, _SPREAD * n) for n, rate in self.rates])
-        return Choice(int(found.hosted * _SPREAD), found.seconds)
+        return int(found.hosted * _SPREAD)
 
     def crowding(self, extra: int, in_work: int) -> float:
         """By which factor ``extra`` more requests in a step must raise its rate to shorten the mean time.

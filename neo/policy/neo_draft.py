@@ -230,7 +230,7 @@ class Draft:
         if self.goal is not None:
             return self.goal.hosted - there - view.relaying
         outlook = self.outlook
-        return outlook.on_host().hosted - there if outlook is not None else 0
+        return outlook.on_host() - there if outlook is not None else 0
 
     @cached_property
     def outlook(self) -> Outlook | None:

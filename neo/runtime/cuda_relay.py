@@ -87,7 +87,9 @@ class Relay:
             kv_bytes=(self.packed.shape[2] - self.answer.shape[2]) // 2 * by,
             hidden_bytes=self._kept.shape[2] * by,
         )
-        return Launch("neo_cuda_relay_rows", args, (self, self.channels, self._kept))
+        # Not itself: what goes in a circle gives its memory back late.
+        keep = (rows, self.packed, self.answer, self.channels, self._kept, self._cos, self._sin)
+        return Launch("neo_cuda_relay_rows", args, keep)
 
     def begin(self, given: RelayRows, row: int, lanes: int) -> None:
         """The next step's, in ``lanes`` rows from ``row`` on, some of them nobody's, on this stream."""
