@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import time
 from array import array
 from functools import partial
@@ -26,6 +27,7 @@ from neo.runtime.block_tables import BlockTables
 from neo.runtime.engine import Engine, EngineOptions
 from neo.runtime.engine_config import EngineConfig
 from neo.runtime.executor import Sample, StepTimes
+from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.server.launch import Built, Launch
 from neo.runtime.server.limits import ServerLimits
 from neo.runtime.server.run import ServeConfig, run_server
@@ -47,7 +49,7 @@ class NullExecutor:
         grid_s: if not 0, a step sleeps until the clock shows a multiple of it, as one that waits for a GPU:
             whoever reads the same clock later knows how old a token is.
         trace: where ``close`` writes, as JSON, when each step began, on the wall clock and in processor time
-            of this process, and how many tokens it brought.
+            of this process, and how many tokens it brought. The process's number lies beside it, in ``.pid``.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class NullExecutor:
         self.begins = array("d")
         self.processor = array("d")
         self.tokens = array("q")
+        if trace is not None:
+            trace.with_suffix(".pid").write_text(str(os.getpid()))
 
     def run(
         self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Any, sample: Sample
@@ -130,6 +134,28 @@ def config_for(sequences: int, tokens: int) -> EngineConfig:
     )
 
 
+def run_alone(engine: Engine, sequences: int, tokens: int) -> None:
+    """Run without a server, until SIGTERM; prints a line when every sequence has a token.
+
+    A step lies between two arrivals, as behind a server: not all sequences need their next block at once.
+    """
+    engine.brief = True  # as behind a server: no object per token that nobody reads
+    ended = False
+
+    def end(*_: object) -> None:
+        nonlocal ended
+        ended = True
+
+    signal.signal(signal.SIGTERM, end)
+    for i in range(sequences):
+        engine.add(str(i), list(range(16)), SamplingParams(tokens - 16, 0.0, ignore_eos=True))
+        engine.step()
+    print(flush=True)
+    while engine.has_work and not ended:
+        engine.step()
+    engine.executor.close()
+
+
 def main() -> None:
     """Serve, until SIGTERM; prints the address. To be imported: the engine's process imports it too."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -139,14 +165,17 @@ def main() -> None:
     parser.add_argument("--grid", type=float, default=0.0)
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--core", type=int, help="of the engine's process; the HTTP process takes the others")
+    parser.add_argument("--alone", action="store_true", help="no server: the engine alone, until SIGTERM")
     args = parser.parse_args()
+    pace = {"busy_s": args.busy, "grid_s": args.grid, "trace": args.trace}
+    size = config_for(args.sequences, args.tokens)
+    if args.alone:
+        run_alone(build(size, None, None, args.core, **pace)[0], args.sequences, args.tokens)
+        return
     child = spawn()
     if args.core is not None:
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {args.core})
-    made = partial(
-        build, core=args.core, token=ord("a"), busy_s=args.busy, grid_s=args.grid, trace=args.trace
-    )
-    launch = Launch(config_for(args.sequences, args.tokens), made)
+    launch = Launch(size, partial(build, core=args.core, token=ord("a"), **pace))
     limits = ServerLimits(stream_buffer=1 << 16)
     config = ServeConfig(
         child, launch, tiny.FOLDER, ("null",), port=0, limits=limits, log_style="none",

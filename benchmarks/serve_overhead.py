@@ -1,6 +1,6 @@
 """What the server costs: tokens per second over HTTP, latency it adds to a token, what it takes of a step.
 
-usage: python benchmarks/serve_overhead.py [--streams 1 64 512] [--tokens 400] [--repeats 5]
+usage: python benchmarks/serve_overhead.py [--streams 1 64 512] [--tokens 400] [--rounds 50]
 
 A model that costs nothing stands behind the real server, in its own process; the streams are real sockets.
 
@@ -10,13 +10,15 @@ A model that costs nothing stands behind the real server, in its own process; th
   token is when it reads it. Beside it the age at which the engine gives it out, in this process and without a
   server.
 - *The engine's step*: from step to step at 64 streams, with a server and without one; for a model that costs
-  nothing, and for one that keeps its core busy for 10 ms. In processor time of the engine's process, which
-  others on the machine hardly disturb, and on the wall clock. Several steps may share a message, so what is
-  taken is the mean of 32 steps in a row. Streams begin one after the other, also alone: not all need their
-  next block of KV memory in the same step then, which takes some 2 % longer. Runs take turns: alone, alone
-  while another process keeps the other cores busy (on many machines that alone slows a core down), and with a
-  server. Of all means the lowest tenth and the median are shown, of each run's medians the middle one: others
-  on the machine only add.
+  nothing, and for one that keeps its core busy for 10 ms. A machine may change its speed from one second to
+  the next by far more than a server takes. So the engines are there at once, on one core, and take turns of a
+  0.4 s: all others stand, with their servers and clients (SIGSTOP), and what a step takes in a
+  turn is held against the turn of the engine alone in the same round. A third engine, without a server too,
+  runs while other processes keep the other cores busy: on many machines that alone slows a core down. In
+  processor time of the engine's process and on the wall clock, on which an engine waits that is faster than
+  HTTP: the median over the rounds, with the error of a median (1.25 standard errors, from the quartiles).
+  Streams begin one after the other, also alone: not all need their next block of KV memory in the same step
+  then, which takes some 2 % longer.
 
 Engine, HTTP process and clients want a core each. The engine's has one of its own; on a machine of two the
 others share the second.
@@ -34,10 +36,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from null_engine import build, config_for
@@ -51,14 +53,17 @@ GRIDS = {1: 0.02, 64: 0.05, 512: 0.4}  # seconds: a step's tokens must have arri
 SLOW_STREAMS = 64
 CORE = min(os.sched_getaffinity(0)) if len(os.sched_getaffinity(0)) > 1 else None  # the engine's own
 WARM = 5  # steps, or tokens of a stream, that are not counted
-BLOCK = 32  # steps in a row whose mean is taken
-STEP_TOKENS = {0.0: 5000, 0.01: 200}  # of a stream, by the model's seconds: streams begin one after the other
+MODELS_S = (0.0, 0.01)  # what the model takes, where the engine's step is measured
+TURN_S, SETTLE_S = 0.4, 0.05  # of an engine, and what of it is not counted
+FEWEST = 8  # steps of a turn that counts: an engine that is faster than HTTP may wait for all of one
+ALONE, BUSY, SERVED = "alone", "beside others", "served"
 Times = list[float]
+Turn = tuple[float, float]  # of an engine: begin and end
 
 
 @contextmanager
-def server(*arguments: str) -> Iterator[str]:
-    """The address of a running one."""
+def null_engine(*arguments: str) -> Iterator[tuple[str, int]]:
+    """A running one; yields the address of its server, if it has one, and the process's number."""
     path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", "import null_engine; null_engine.main()", *arguments]
     command += [] if CORE is None else ["--core", str(CORE)]
@@ -67,14 +72,14 @@ def server(*arguments: str) -> Iterator[str]:
     )
     assert process.stdout is not None
     try:
-        yield process.stdout.readline().strip()
+        yield process.stdout.readline().strip(), process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
         process.stdout.close()
 
 
-async def stream(address: str, tokens: int) -> Times:
+async def stream(address: str, tokens: int, begun: asyncio.Event | None = None) -> Times:
     """When each token of a stream was read. Reads bytes only: parsing would measure this program."""
     parts = urlsplit(address)
     body = json.dumps(
@@ -92,6 +97,8 @@ async def stream(address: str, tokens: int) -> Times:
         now = time.perf_counter()
         seen = seen[1 - len(CHUNK) :] + data  # less than a mark is counted with what comes behind it
         times += [now] * seen.count(CHUNK)
+        if begun is not None:
+            begun.set()
     writer.close()
     assert len(times) == tokens, len(times)
     return times
@@ -101,41 +108,20 @@ async def streams(address: str, count: int, tokens: int) -> list[Times]:
     return await asyncio.gather(*(stream(address, tokens) for _ in range(count)))
 
 
-def in_process(count: int, tokens: int, together: bool = True, **pace: float) -> tuple[Times, Any]:
-    """Without a server: when each token of steps with all sequences was given out; the executor.
-
-    Not ``together``: a step lies between two arrivals, as behind a server, so that not all sequences need
-    their next block in the same step. A step then takes some 2 % longer.
-    """
+def in_process(count: int, tokens: int, grid_s: float) -> Times:
+    """Without a server: when each token of steps with all sequences was given out."""
     cores = os.sched_getaffinity(0)
-    engine, _ = build(config_for(count, tokens + len(PROMPT)), None, None, CORE, **pace)
+    engine, _ = build(config_for(count, tokens + len(PROMPT)), None, None, CORE, grid_s=grid_s)
     engine.brief = True  # as behind a server: no object per token that nobody reads
     for i in range(count):
-        params = SamplingParams(tokens, 0.0, ignore_eos=True)
-        engine.add(str(i), list(PROMPT.encode()), params)
-        if not together:
-            engine.step()
+        engine.add(str(i), list(PROMPT.encode()), SamplingParams(tokens, 0.0, ignore_eos=True))
     out: Times = []
     while engine.has_work:
         outputs = engine.step()
         if count == (len(outputs) if engine.plain is None else len(engine.plain[0])):
             out.append(time.perf_counter())
     os.sched_setaffinity(0, cores)
-    return out[WARM:], engine.executor
-
-
-def periods(
-    begins: Sequence[float], processor: Sequence[float], tokens: Sequence[int], count: int
-) -> tuple[Times, Times]:
-    """Seconds of a step, as means of BLOCK in a row with a token for everyone: processor, wall clock."""
-    full = [i for i in range(len(begins)) if tokens[i] == count][WARM:]
-    blocks = [(a, b) for a, b in zip(full[::BLOCK], full[BLOCK::BLOCK], strict=False) if b - a == BLOCK]
-    if not blocks:
-        raise SystemExit("the streams were too short: never enough steps in a row with all of them")
-    return (
-        [(processor[b] - processor[a]) / BLOCK for a, b in blocks],
-        [(begins[b] - begins[a]) / BLOCK for a, b in blocks],
-    )
+    return out[WARM:]
 
 
 def quantiles(values: Times) -> str:
@@ -145,7 +131,7 @@ def quantiles(values: Times) -> str:
 
 
 def throughput(count: int, tokens: int) -> str:
-    with server("--sequences", str(count), "--tokens", str(tokens + 64)) as address:
+    with null_engine("--sequences", str(count), "--tokens", str(tokens + 64)) as (address, _):
         asyncio.run(streams(address, count, WARM))
         every = asyncio.run(streams(address, count, tokens))
     seconds = max(t[-1] for t in every) - min(t[0] for t in every)
@@ -155,83 +141,135 @@ def throughput(count: int, tokens: int) -> str:
 def latency(count: int, tokens: int) -> str:
     grid = GRIDS.get(count, 0.4)
     tokens = min(tokens, max(20, int(8.0 / grid)))
-    with server("--sequences", str(count), "--tokens", str(tokens + 64), "--grid", str(grid)) as address:
+    with null_engine("--sequences", str(count), "--tokens", str(tokens + 64), "--grid", str(grid)) as (
+        address,
+        _,
+    ):
         every = asyncio.run(streams(address, count, tokens))
-    alone, _ = in_process(count, tokens, grid_s=grid)
+    alone = in_process(count, tokens, grid)
     served = [t % grid for times in every for t in times[WARM:]]
     without = [t % grid for t in alone]
     return f"a token is {quantiles(served)} old; without a server {quantiles(without)}"
 
 
-def slowdown(busy_s: float, repeats: int) -> str:
-    """Alone, alone on a busy machine and with a server, in turns."""
-    kinds: dict[str, list[tuple[Times, Times]]] = {"alone": [], "beside others": [], "served": []}
-    for _ in range(repeats):
-        kinds["alone"].append(steps_alone(busy_s))
-        with busy_cores():
-            kinds["beside others"].append(steps_alone(busy_s))
-        kinds["served"].append(steps_served(busy_s))
+def slowdown(busy_s: float, rounds: int) -> str:
+    """Three engines take turns: what a step takes, and how much more than alone in the same round."""
+    room = int(2 * rounds * TURN_S / max(busy_s, 1e-4))  # tokens of a stream: more than there is time for
+    turns: dict[str, list[Turn]] = {ALONE: [], BUSY: [], SERVED: []}
+    pids: dict[str, list[int]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        traces = {kind: Path(folder) / kind for kind in turns}
+        for kind, trace in traces.items():
+            arguments = ["--sequences", str(SLOW_STREAMS), "--tokens", str(room), "--busy", str(busy_s)]
+            arguments += ["--trace", str(trace)] + ["--alone"] * (kind != SERVED)
+            address, process = stack.enter_context(null_engine(*arguments))
+            pids[kind] = [process]
+            if kind == SERVED:
+                pids[kind] += stack.enter_context(clients(address, SLOW_STREAMS, room - len(PROMPT)))
+                pids[kind].append(int(trace.with_suffix(".pid").read_text()))
+            if kind == BUSY:
+                pids[kind] += stack.enter_context(busy_cores())
+            stack.callback(send, pids[kind], signal.SIGCONT)  # before it ends
+            send(pids[kind], signal.SIGSTOP)
+        for i in range(rounds):
+            for kind in list(turns)[:: -1 if i % 2 else 1]:
+                send(pids[kind], signal.SIGCONT)
+                begin = time.perf_counter()
+                time.sleep(TURN_S)
+                turns[kind].append((begin + SETTLE_S, time.perf_counter()))
+                send(pids[kind], signal.SIGSTOP)
+        stack.pop_all().close()
+        steps = {kind: periods(json.loads(traces[kind].read_text()), turns[kind]) for kind in turns}
+    alone = steps[ALONE]
     lines = []
-    for name, which in (("processor", 0), ("wall clock", 1)):
-        for what, of in (("median of medians", middle), ("lowest tenth", tenth)):
-            found = {kind: of([run[which] for run in runs]) for kind, runs in kinds.items()}
-            alone = found.pop("alone")
-            more = ", ".join(f"{1e3 * v:.4f} ms {k} ({v / alone - 1:+.1%})" for k, v in found.items())
-            lines.append(f"  {name}, {what}: {1e3 * alone:.4f} ms alone, {more}")
+    for which, clock in enumerate(("processor", "wall clock")):
+        shown = [f"{1e3 * statistics.median([step[which] for step in alone if step]):.4f} ms alone"]
+        for kind in (BUSY, SERVED):
+            pairs = [(a, b) for a, b in zip(steps[kind], alone, strict=True) if a and b]
+            ratios = [a[which] / b[which] for a, b in pairs]
+            low, mid, high = statistics.quantiles(ratios, n=4)
+            error = 1.25 * (high - low) / 1.35 / len(ratios) ** 0.5
+            shown.append(f"{kind} {mid - 1:+.1%} (+-{error:.1%})")
+        lines.append(f"  {clock}: {', '.join(shown)}")
     return "\n".join(lines)
 
 
-def middle(runs: list[Times]) -> float:
-    return statistics.median([statistics.median(run) for run in runs])
+def send(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        os.kill(pid, number)
 
 
-def tenth(runs: list[Times]) -> float:
-    return statistics.quantiles([t for run in runs for t in run], n=10)[0]
+def periods(trace: tuple[Times, Times, list[int]], turns: list[Turn]) -> list[tuple[float, float] | None]:
+    """Seconds of a step in each turn: processor time, wall clock; None for a turn that was spent waiting."""
+    begins, processor, tokens = trace
+    found: list[tuple[float, float] | None] = []
+    for begin, end in turns:
+        first, last = bisect_left(begins, begin), bisect_left(begins, end) - 1
+        count = last - first
+        if count < FEWEST:
+            found.append(None)
+            continue
+        if set(tokens[first:last]) != {SLOW_STREAMS}:
+            raise SystemExit("not every stream was there in every step: the machine is too slow for this")
+        found.append(((processor[last] - processor[first]) / count, (begins[last] - begins[first]) / count))
+    return found
 
 
 @contextmanager
-def busy_cores() -> Iterator[None]:
-    """Keeps the cores busy that are not the engine's."""
+def clients(address: str, count: int, tokens: int) -> Iterator[list[int]]:
+    """Streams that are read, by a process of their own, its number; entered when each has brought a token."""
+    code = (
+        f"import asyncio, serve_overhead; asyncio.run(serve_overhead.read_on({address!r}, {count}, {tokens}))"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=HERE)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline(), "the streams did not begin"
+        yield [process.pid]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+async def read_on(address: str, count: int, tokens: int) -> None:
+    """Read streams until killed; a line on stdout when all have begun."""
+    begun = [asyncio.Event() for _ in range(count)]
+    reading = [asyncio.ensure_future(stream(address, tokens, event)) for event in begun]
+    for event in begun:
+        await event.wait()
+    print(flush=True)
+    await asyncio.gather(*reading)
+
+
+@contextmanager
+def busy_cores() -> Iterator[list[int]]:
+    """Processes that keep the cores busy that are not the engine's."""
     code = "import json\ndata = [{'a': i, 'b': [str(i)] * 9} for i in range(999)]\n"
     code += "while True: json.loads(json.dumps(data))"
     found = [subprocess.Popen([sys.executable, "-c", code]) for _ in os.sched_getaffinity(0)]
     try:
-        time.sleep(0.2)
-        yield
+        yield [process.pid for process in found]
     finally:
         for process in found:
             process.kill()
             process.wait()
 
 
-def steps_alone(busy_s: float) -> tuple[Times, Times]:
-    _, executor = in_process(SLOW_STREAMS, STEP_TOKENS[busy_s], together=False, busy_s=busy_s)
-    return periods(executor.begins, executor.processor, executor.tokens, SLOW_STREAMS)
-
-
-def steps_served(busy_s: float) -> tuple[Times, Times]:
-    tokens = STEP_TOKENS[busy_s]
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        arguments = ("--sequences", str(SLOW_STREAMS), "--tokens", str(tokens + 64), "--busy", str(busy_s))
-        with server(*arguments, "--trace", str(trace)) as address:
-            asyncio.run(streams(address, SLOW_STREAMS, tokens))
-        return periods(*json.loads(trace.read_text()), SLOW_STREAMS)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 512])
     parser.add_argument("--tokens", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=5, help="of the measurement of the engine's step")
+    parser.add_argument("--rounds", type=int, default=50, help="of the measurement of the engine's step")
     args = parser.parse_args()
     print(f"{len(os.sched_getaffinity(0))} cores")
     if CORE is not None:
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {CORE})
     for count in args.streams:
         print(f"{count} streams: {throughput(count, args.tokens)}; {latency(count, args.tokens)}", flush=True)
-    for busy_s in STEP_TOKENS:
-        found = slowdown(busy_s, args.repeats)
+    for busy_s in MODELS_S:
+        found = slowdown(busy_s, args.rounds)
         print(f"step at {SLOW_STREAMS} streams, model of {1e3 * busy_s:g} ms:\n{found}", flush=True)
 
 
