@@ -26,8 +26,8 @@ SHARE_S = 0.004
 TINY_S = 0.0004
 """Seconds below which a step is tiny: messages every 4 ms, which take 0.1 ms each with all that they need and
 wake, would be 2.5 % of them beside what is noted of each step, which is 1 % already."""
-TINY_SHARE_S = 0.01
-"""Seconds that a token of a tiny step may wait: it comes with 25 others of its request or more."""
+TINY_SHARE_S = 0.02
+"""Seconds that a token of a tiny step may wait: it comes with 50 others of its request or more."""
 LISTEN_S = 0.002
 """Seconds for which a message to the engine may wait while steps are short: asking for it takes some 2 us."""
 _EMBED = 1  # of a graph's works: the embedding's, which has all tokens
