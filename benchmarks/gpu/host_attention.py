@@ -4,6 +4,8 @@
 
 For numbers of sequences of a length, the time of 32 layers that follow each other without a pause, told to
 the library in one job, and the rate at which KV is read, beside the rate of plain reading by as many threads.
+First layer behind layer, as a GPU asks for them that waits for each answer; then as stages that are all there
+when the job begins, as with relayed decodes: these share runs of the threads.
 Shapes of Llama-3.1-8B in bf16; KV in blocks of 16 tokens, strewn over memory far larger than the caches.
 """
 
@@ -27,9 +29,9 @@ LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 32, 32, 8, 128, 16
 
 
 def measure(
-    memory: KVMemory, worker: Worker, sequences: int, tokens: int, rounds: int, busy: bool
+    memory: KVMemory, worker: Worker, sequences: int, tokens: int, rounds: int, busy: bool, together: bool
 ) -> list[float]:
-    """Seconds of all layers, in each round."""
+    """Seconds of all layers, in each round; ``together``: as stages of one layer."""
     random = np.random.default_rng(0)
     blocks = -(-tokens // BLOCK)
     tables = np.zeros((LAYERS, sequences, blocks), dtype=np.int32)
@@ -43,13 +45,15 @@ def measure(
         lengths = np.full(sequences, tokens, dtype=np.int32)
         q = torch.randn(sequences, HEADS, DIM).to(memory.dtype)
         k, out = torch.randn(sequences, KV_HEADS, DIM).to(memory.dtype), torch.empty_like(q)
-        append, decode = c.Append(), c.Decode()
-        keep = fill_append(append, memory, k, k, tables[0], slots, lengths - 1)
-        keep += fill_decode(decode, memory, q, out, tables[0], slots, lengths)
-        stage = c.Stage(
-            append=ctypes.pointer(append), decode=ctypes.pointer(decode), layer_stride=sequences * blocks
-        )
-        handover = c.Handover(stages=ctypes.pointer(stage), n_stages=1, layers=LAYERS)
+        stages = (c.Stage * (LAYERS if together else 1))()
+        keep: list[object] = []
+        for stage, table in zip(stages, tables, strict=False):
+            append, decode = c.Append(), c.Decode()
+            keep += fill_append(append, memory, k, k, table, slots, lengths - 1)
+            keep += fill_decode(decode, memory, q, out, table, slots, lengths)
+            stage.size, stage.layer_stride = ctypes.sizeof(stage), sequences * blocks
+            stage.append, stage.decode = ctypes.pointer(append), ctypes.pointer(decode)
+        handover = c.Handover(stages=stages, n_stages=len(stages), layers=LAYERS // len(stages))
         job = c.Job(handover=ctypes.pointer(handover))
         ticket = worker.submit(job)
         while busy and worker.finished < ticket:
@@ -74,13 +78,15 @@ def main() -> None:
     memory.tensor.fill_(0.01)
     shapes = [(1, 1000), (2, 1000), (4, 1000), (8, 1000), (16, 1000), (4, 4000), (1, 16000)]
     print("sequences x tokens, a layer: " + "  ".join(f"{n} x {t}" for n, t in shapes))
-    for threads in args.threads:
-        read = read_bandwidth(threads)
-        line = [f"{threads:2} threads, reading {read / 1e9:5.1f} GB/s:"]
+    for threads, together in [(n, t) for n in args.threads for t in (False, True)]:
+        read = read_bandwidth(threads) or float("nan")
+        how = "together" if together else "in turn "
+        line = [f"{threads:2} threads, reading {read / 1e9:5.1f} GB/s, {how}:"]
         with Pool(threads, None, spin_us=200) as pool, Worker(pool, spin_us=200) as worker:
             for shape in shapes:
                 sequences, tokens = shape
-                seconds = statistics.median(measure(memory, worker, *shape, args.rounds, args.busy)[2:])
+                found = measure(memory, worker, *shape, args.rounds, args.busy, together)
+                seconds = statistics.median(found[2:])
                 read_bytes = 2 * KV_HEADS * DIM * 2 * tokens * sequences * LAYERS
                 line.append(f"{seconds / LAYERS * 1e6:6.0f} us {read_bytes / seconds / 1e9:4.0f} GB/s")
         print("  ".join(line), flush=True)

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "append.h"
 #include "check.h"
 #include "error.h"
 #include "kernels.h"
@@ -57,6 +58,12 @@ void write_row(const neo_cpu_append &args, int32_t i) noexcept {
             write_head<uint16_t>(cache, offset, slot, k_row, v_row);
     }
 }
+
+} // namespace
+
+void neo::append_row(const neo_cpu_append &args, int32_t row) noexcept { write_row(args, row); }
+
+namespace {
 
 void work(void *context, int) noexcept {
     Append &append = *static_cast<Append *>(context);

@@ -1,4 +1,8 @@
-// Decode attention: cuts the batch into tasks, runs them on the pool, merges what was cut.
+// Decode attention: cuts batches into tasks, runs them on the pool, merges what was cut.
+//
+// Several batches (layers of relayed decodes) may share a run: a barrier after each, with few tasks in it, leaves the
+// threads idle for a tenth of the time and more. Rows that are appended first are tasks of the same run, ahead of all
+// attention; who attends to a batch waits for its rows.
 //
 // Where a sequence is cut depends on its length alone, so sums are always taken in the same order: results depend
 // neither on the thread count nor on the other sequences. Where that gives too few tasks for the threads, tasks are
@@ -11,10 +15,13 @@
 #include <limits>
 #include <mutex>
 
+#include "append.h"
 #include "check.h"
+#include "decode.h"
 #include "error.h"
 #include "kernels.h"
 #include "pool.h"
+#include "thread.h"
 
 namespace {
 
@@ -35,22 +42,38 @@ struct Piece {
 enum class Doing { ATTEND, READ };
 
 struct Decode {
-    const neo_cpu_decode &args;
-    neo_cpu_pool &pool;
-    Doing doing;
-    int32_t group;             // query heads per KV head
+    const neo_cpu_append *append = nullptr;
+    const neo_cpu_decode *args = nullptr;
+    int32_t group = 0;         // query heads per KV head
     int32_t segment = 0;       // tokens
     bool whole = false;        // fetch all ahead, not only starts
     int32_t head_cuts = 1;     // tasks per piece
     int32_t heads_per_cut = 1; // KV heads
+    int64_t count = 0;         // pieces
     int64_t tasks = 0;
     const Piece *pieces = nullptr;
     std::atomic<int32_t> *left = nullptr; // [batch][head_cuts]: pieces still to come
     float *sum_v = nullptr;               // [pieces][q_heads][head_dim]
     float *reference = nullptr;           // [pieces][q_heads]
     float *sum_w = nullptr;               // [pieces][q_heads]
+    std::atomic<int64_t> to_append{0};    // rows
+    std::atomic<int64_t> open{0};         // rows to append, and outputs to write
+};
+
+// Batches that share a run of the pool.
+struct Together {
+    neo_cpu_pool &pool;
+    Doing doing;
+    int32_t count;
+    neo::Done done;
+    void *context;
+    Decode decodes[neo::MAX_PARTS] = {};
+    int64_t rows = 0;  // to append
+    int64_t tasks = 0; // these, and pieces of attention
     std::atomic<int64_t> next{0};
     std::atomic<int32_t> checksum{0}; // of a read
+    std::mutex order{};               // of `told`
+    int32_t told = 0;                 // parts whose `done` was called
 };
 
 int32_t piece_tokens(int32_t length) { return length <= SHORT ? SHORT_PIECE_TOKENS : PIECE_TOKENS; }
@@ -64,7 +87,7 @@ char *out_row(const neo_cpu_decode &args, int32_t sequence, int32_t head) noexce
 
 // Heads [first, end) of a sequence from all its pieces. `space` holds one head.
 void merge(const Decode &decode, const Piece &piece, int32_t first, int32_t end, float *space) noexcept {
-    const neo_cpu_decode &args = decode.args;
+    const neo_cpu_decode &args = *decode.args;
     const int32_t head_dim = args.cache->head_dim;
     for (int32_t h = first; h < end; h++) {
         const int64_t at = piece.first_of_sequence * args.q_heads + h;
@@ -78,7 +101,7 @@ void merge(const Decode &decode, const Piece &piece, int32_t first, int32_t end,
 
 // What the kernel needs to know of a task; sums go to the piece's place among the partial results.
 NeoPiece describe(const Decode &decode, const Piece &piece, int64_t index, int32_t cut, float *scores) noexcept {
-    const neo_cpu_decode &args = decode.args;
+    const neo_cpu_decode &args = *decode.args;
     const neo_cpu_cache &cache = *args.cache;
     const int32_t kv_first = cut * decode.heads_per_cut;
     const int64_t offset = kv_first * cache.head_stride * neo::bytes_of(cache.dtype);
@@ -105,15 +128,29 @@ NeoPiece describe(const Decode &decode, const Piece &piece, int64_t index, int32
     return work;
 }
 
-void run_task(Decode &decode, int64_t task, float *space) noexcept {
-    const neo_cpu_decode &args = decode.args;
+// Tells of the parts that are done, in their order.
+void tell(Together &all) noexcept {
+    if (all.done == nullptr)
+        return;
+    std::lock_guard<std::mutex> lock(all.order);
+    while (all.told < all.count && all.decodes[all.told].open.load(std::memory_order_acquire) == 0)
+        all.done(all.context, all.told++);
+}
+
+void close_one(Together &all, Decode &decode) noexcept {
+    if (decode.open.fetch_sub(1, std::memory_order_acq_rel) == 1)
+        tell(all);
+}
+
+void attend(Together &all, Decode &decode, int64_t task, float *space) noexcept {
+    const neo_cpu_decode &args = *decode.args;
     const neo_cpu_cache &cache = *args.cache;
     const int64_t index = task / decode.head_cuts;
     const int32_t cut = static_cast<int32_t>(task % decode.head_cuts);
     const Piece &piece = decode.pieces[index];
     const NeoPiece work = describe(decode, piece, index, cut, space);
-    if (decode.doing != Doing::ATTEND) {
-        decode.checksum.fetch_xor(neo_read(&work, static_cast<int32_t>(neo::bytes_of(cache.dtype))));
+    if (all.doing != Doing::ATTEND) {
+        all.checksum.fetch_xor(neo_read(&work, static_cast<int32_t>(neo::bytes_of(cache.dtype))));
         return;
     }
     const int32_t first = cut * decode.heads_per_cut * decode.group;
@@ -125,6 +162,9 @@ void run_task(Decode &decode, int64_t task, float *space) noexcept {
                               neo::bytes_of(args.io_dtype);
         neo::load(args.io_dtype, row, q + h * cache.head_dim, cache.head_dim, args.scale * LOG2_E);
     }
+    // Rows are appended by tasks that others have taken before: they are at it.
+    while (decode.to_append.load(std::memory_order_acquire) != 0)
+        neo::relax();
     if (cache.dtype == NEO_CPU_FP16)
         neo_attend_f16(&work);
     else if (cache.dtype == NEO_CPU_BF16)
@@ -134,18 +174,37 @@ void run_task(Decode &decode, int64_t task, float *space) noexcept {
 
     // Whoever finishes the last piece of these heads merges them; the counter orders the others' writes before.
     auto &left = decode.left[int64_t{piece.sequence} * decode.head_cuts + cut];
-    if (left.fetch_sub(1, std::memory_order_acq_rel) == 1)
+    if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         merge(decode, piece, first, first + heads, q);
+        close_one(all, decode);
+    }
+}
+
+void append(Together &all, int64_t row) noexcept {
+    Decode *decode = all.decodes;
+    for (; decode->append == nullptr || row >= decode->append->rows; decode++)
+        row -= decode->append == nullptr ? 0 : decode->append->rows;
+    neo::append_row(*decode->append, static_cast<int32_t>(row));
+    decode->to_append.fetch_sub(1, std::memory_order_release);
+    close_one(all, *decode);
 }
 
 void work(void *context, int worker) noexcept {
-    Decode &decode = *static_cast<Decode *>(context);
-    float *space = decode.pool.per_worker[worker].get<float>();
+    Together &all = *static_cast<Together *>(context);
+    float *space = all.pool.per_worker[worker].get<float>();
+    Decode *decode = all.decodes;
+    int64_t before = all.rows; // tasks before the batch's
     for (;;) {
-        const int64_t task = decode.next.fetch_add(1, std::memory_order_relaxed);
-        if (task >= decode.tasks)
+        const int64_t task = all.next.fetch_add(1, std::memory_order_relaxed);
+        if (task >= all.tasks)
             return;
-        run_task(decode, task, space);
+        if (task < all.rows) {
+            append(all, task);
+            continue;
+        }
+        for (; task - before >= decode->tasks; decode++)
+            before += decode->tasks;
+        attend(all, *decode, task - before, space);
     }
 }
 
@@ -161,40 +220,70 @@ void clear_row(const neo_cpu_decode &args, int32_t sequence) noexcept {
 
 // With one or two query heads to a KV head there is little to compute: the processor's window then reaches far
 // enough ahead that asking for everything costs more than it gives. With more heads it pays (docs/cpu-attention.md).
-void tune(Decode &decode) noexcept {
-    const int prefetch = decode.pool.prefetch;
-    decode.whole = prefetch == NEO_CPU_PREFETCH_AUTO ? decode.group > 2 : prefetch == NEO_CPU_PREFETCH_WHOLE;
-    decode.segment = decode.pool.segment != 0 ? decode.pool.segment : SEGMENT_TOKENS;
+void tune(Decode &decode, const neo_cpu_pool &pool) noexcept {
+    decode.whole = pool.prefetch == NEO_CPU_PREFETCH_AUTO ? decode.group > 2 : pool.prefetch == NEO_CPU_PREFETCH_WHOLE;
+    decode.segment = pool.segment != 0 ? pool.segment : SEGMENT_TOKENS;
 }
 
-void cut_by_heads(Decode &decode, int64_t pieces) noexcept {
-    const int32_t kv_heads = decode.args.cache->kv_heads;
-    const int64_t wanted = decode.pool.threads() == 1 ? 1 : TASKS_PER_THREAD * decode.pool.threads();
-    const int64_t cuts = std::clamp<int64_t>((wanted + pieces - 1) / pieces, 1, kv_heads);
+void cut_by_heads(Decode &decode, int threads) noexcept {
+    const int32_t kv_heads = decode.args->cache->kv_heads;
+    const int64_t wanted = threads == 1 ? 1 : TASKS_PER_THREAD * threads;
+    const int64_t cuts = std::clamp<int64_t>((wanted + decode.count - 1) / decode.count, 1, kv_heads);
     decode.heads_per_cut = static_cast<int32_t>((kv_heads + cuts - 1) / cuts);
     decode.head_cuts = (kv_heads + decode.heads_per_cut - 1) / decode.heads_per_cut;
-    decode.tasks = pieces * decode.head_cuts;
+    decode.tasks = decode.count * decode.head_cuts;
 }
 
-// Workspace and the list of pieces; false when there is no memory.
-bool prepare(Decode &decode, int64_t pieces) noexcept {
-    const neo_cpu_decode &args = decode.args;
-    neo_cpu_pool &pool = decode.pool;
-    const size_t rows = static_cast<size_t>(pieces) * args.q_heads;
-    decode.sum_v = pool.shared.at_least<float>(rows * (args.cache->head_dim + 2));
-    const size_t counters = static_cast<size_t>(args.batch) * decode.head_cuts;
-    char *lists = pool.tasks.at_least<char>(pieces * sizeof(Piece) + counters * sizeof(std::atomic<int32_t>));
-    if (decode.sum_v == nullptr || lists == nullptr)
-        return false;
-    const size_t space = 4 * NEO_MAX_SEGMENT + static_cast<size_t>(args.q_heads) * args.cache->head_dim;
-    for (int32_t i = 0; i < pool.threads(); i++)
-        if (pool.per_worker[i].at_least<float>(space) == nullptr)
-            return false;
+// How a part is cut. Sequences without tokens get their zeros.
+void plan(Together &all, Decode &decode, const neo::Part &part) noexcept {
+    if (part.append != nullptr) {
+        decode.append = part.append;
+        decode.to_append = part.append->rows;
+        all.rows += part.append->rows;
+    }
+    int64_t open = decode.to_append.load();
+    if (part.decode != nullptr) {
+        const neo_cpu_decode &args = *part.decode;
+        decode.args = &args;
+        decode.group = args.q_heads / args.cache->kv_heads;
+        int64_t sequences = 0;
+        for (int32_t i = 0; i < args.batch; i++) {
+            decode.count += pieces_of(args.lengths[i]);
+            sequences += args.lengths[i] != 0;
+            if (args.lengths[i] == 0 && all.doing == Doing::ATTEND)
+                clear_row(args, i);
+        }
+        tune(decode, all.pool);
+        if (decode.count != 0)
+            cut_by_heads(decode, all.pool.threads());
+        open += sequences * decode.head_cuts;
+        all.tasks += decode.tasks;
+    }
+    decode.open = open;
+}
+
+int64_t floats(const Decode &decode) noexcept {
+    return decode.count == 0 ? 0 : decode.count * decode.args->q_heads * (decode.args->cache->head_dim + 2);
+}
+
+size_t list_bytes(const Decode &decode) noexcept {
+    if (decode.count == 0)
+        return 0;
+    const size_t counters = static_cast<size_t>(decode.args->batch) * decode.head_cuts;
+    const size_t bytes = decode.count * sizeof(Piece) + counters * sizeof(std::atomic<int32_t>);
+    return (bytes + alignof(Piece) - 1) / alignof(Piece) * alignof(Piece);
+}
+
+// A part's workspace and its list of pieces.
+void lay_out(Decode &decode, float *sums, char *lists) noexcept {
+    const neo_cpu_decode &args = *decode.args;
+    const int64_t rows = decode.count * args.q_heads;
+    decode.sum_v = sums;
     decode.reference = decode.sum_v + rows * args.cache->head_dim;
     decode.sum_w = decode.reference + rows;
     Piece *piece = reinterpret_cast<Piece *>(lists);
     decode.pieces = piece;
-    decode.left = reinterpret_cast<std::atomic<int32_t> *>(lists + pieces * sizeof(Piece));
+    decode.left = reinterpret_cast<std::atomic<int32_t> *>(lists + decode.count * sizeof(Piece));
     int64_t index = 0;
     for (int32_t i = 0; i < args.batch; i++) {
         const int32_t of = static_cast<int32_t>(pieces_of(args.lengths[i]));
@@ -205,45 +294,113 @@ bool prepare(Decode &decode, int64_t pieces) noexcept {
         for (int32_t c = 0; c < decode.head_cuts; c++)
             new (&decode.left[int64_t{i} * decode.head_cuts + c]) std::atomic<int32_t>(of);
     }
+}
+
+// Workspace of all parts; false when there is no memory.
+bool prepare(Together &all) noexcept {
+    int64_t sums = 0, pieces = 0;
+    size_t lists = 0, space = 0;
+    for (int32_t i = 0; i < all.count; i++) {
+        const Decode &decode = all.decodes[i];
+        sums += floats(decode);
+        lists += list_bytes(decode);
+        pieces += decode.count;
+        if (decode.count != 0)
+            space = std::max(space, 4 * NEO_MAX_SEGMENT +
+                                        static_cast<size_t>(decode.args->q_heads) * decode.args->cache->head_dim);
+    }
+    if (pieces == 0)
+        return true;
+    float *sum = all.pool.shared.at_least<float>(static_cast<size_t>(sums));
+    char *list = all.pool.tasks.at_least<char>(lists);
+    if (sum == nullptr || list == nullptr)
+        return false;
+    for (int32_t i = 0; i < all.pool.threads(); i++)
+        if (all.pool.per_worker[i].at_least<float>(space) == nullptr)
+            return false;
+    for (int32_t i = 0; i < all.count; i++) {
+        Decode &decode = all.decodes[i];
+        if (decode.count != 0)
+            lay_out(decode, sum, list);
+        sum += floats(decode);
+        list += list_bytes(decode);
+    }
     return true;
 }
 
-neo_cpu_status run(neo_cpu_pool *pool, const neo_cpu_decode *args, Doing doing, int32_t *checksum) noexcept {
+neo_cpu_status check_all(const neo_cpu_pool *pool, const neo::Part *parts, int32_t count, int32_t *wrong) noexcept {
     neo::clear_error();
+    *wrong = 0;
     if (pool == nullptr)
         return neo::fail(NEO_CPU_BAD_ARGUMENT, "pool must not be NULL");
     if (!neo::supported())
         return neo::fail(NEO_CPU_UNSUPPORTED, "this processor has none of the instruction sets built in");
-    if (const neo_cpu_status status = neo::check(args))
-        return status;
-    int64_t pieces = 0;
-    for (int32_t i = 0; i < args->batch; i++) {
-        pieces += pieces_of(args->lengths[i]);
-        if (args->lengths[i] == 0 && doing == Doing::ATTEND)
-            clear_row(*args, i);
+    for (int32_t i = 0; i < count; i++) {
+        *wrong = i;
+        neo_cpu_status status = NEO_CPU_OK;
+        if (parts[i].append != nullptr)
+            status = neo::check(parts[i].append);
+        if (status == NEO_CPU_OK && parts[i].decode != nullptr)
+            status = neo::check(parts[i].decode);
+        if (status != NEO_CPU_OK)
+            return status;
     }
-    if (pieces == 0)
-        return NEO_CPU_OK;
-    std::lock_guard<std::mutex> lock(pool->mutex);
-    Decode decode{*args, *pool, doing, args->q_heads / args->cache->kv_heads};
-    tune(decode);
-    cut_by_heads(decode, pieces);
-    if (!prepare(decode, pieces))
-        return neo::fail(NEO_CPU_NO_MEMORY, "no memory for the partial results of %lld pieces",
-                         static_cast<long long>(pieces));
-    pool->run(work, &decode);
-    if (checksum != nullptr)
-        *checksum = decode.checksum.load();
     return NEO_CPU_OK;
+}
+
+neo_cpu_status run(Together &all, const neo::Part *parts) noexcept {
+    std::lock_guard<std::mutex> lock(all.pool.mutex);
+    for (int32_t i = 0; i < all.count; i++)
+        plan(all, all.decodes[i], parts[i]);
+    all.tasks += all.rows;
+    if (!prepare(all))
+        return neo::fail(NEO_CPU_NO_MEMORY, "no memory for the partial results of %lld tasks",
+                         static_cast<long long>(all.tasks));
+    tell(all); // of those that have nothing to do
+    if (all.tasks != 0)
+        all.pool.run(work, &all);
+    return NEO_CPU_OK;
+}
+
+neo_cpu_status run_one(neo_cpu_pool *pool, const neo_cpu_decode *args, Doing doing, int32_t *checksum) noexcept {
+    const neo::Part part{nullptr, args};
+    int32_t wrong = 0;
+    neo_cpu_status status = check_all(pool, &part, 1, &wrong);
+    if (status == NEO_CPU_OK && args == nullptr)
+        status = neo::check(args); // which says so
+    if (status != NEO_CPU_OK)
+        return status;
+    Together all{*pool, doing, 1, nullptr, nullptr};
+    status = run(all, &part);
+    if (status == NEO_CPU_OK && checksum != nullptr)
+        *checksum = all.checksum.load();
+    return status;
 }
 
 } // namespace
 
+neo_cpu_status neo::attend_all(neo_cpu_pool *pool, const Part *parts, int32_t count, Done done, void *context,
+                               int32_t *wrong) noexcept {
+    if (const neo_cpu_status status = check_all(pool, parts, count, wrong))
+        return status;
+    Together all{*pool, Doing::ATTEND, count, done, context};
+    return run(all, parts);
+}
+
+int64_t neo::partial_bytes(const neo_cpu_decode *decode) noexcept {
+    if (decode == nullptr || decode->lengths == nullptr || decode->cache == nullptr)
+        return 0;
+    int64_t pieces = 0;
+    for (int32_t i = 0; i < decode->batch; i++)
+        pieces += pieces_of(std::max(decode->lengths[i], 0));
+    return pieces * decode->q_heads * (decode->cache->head_dim + 2) * static_cast<int64_t>(sizeof(float));
+}
+
 extern "C" neo_cpu_status neo_cpu_decode_attention(neo_cpu_pool *pool, const neo_cpu_decode *args) {
-    return run(pool, args, Doing::ATTEND, nullptr);
+    return run_one(pool, args, Doing::ATTEND, nullptr);
 }
 
 extern "C" neo_cpu_status neo_cpu_read_cache(neo_cpu_pool *pool, const neo_cpu_decode *args,
                                              int32_t *checksum) {
-    return run(pool, args, Doing::READ, checksum);
+    return run_one(pool, args, Doing::READ, checksum);
 }

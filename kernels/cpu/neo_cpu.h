@@ -203,14 +203,17 @@ typedef struct neo_cpu_stage {
  * Layer by layer the stages in their order: with two sub-batches, CPU attention of batch 0, then of batch 1. Where each
  * layer has rows, block tables and a channel of its own, as with relayed decodes, the layers are stages of one `layer`;
  * rows of a layer that do not lie side by side are then several, the first with the request and the last with the answer.
+ * Stages of a layer that have all been asked for when their turn comes are served in one run of the threads, so none may
+ * append what another reads or appends; answers are set in the stages' order, each as soon as it is there.
  */
 typedef struct neo_cpu_handover {
     size_t size;
     const neo_cpu_stage *stages;
     int32_t n_stages; /* 0 to 65536 */
     int32_t layers;   /* 0 or more */
-    int64_t *times;   /* NULL, or [layers][n_stages][2]: out: CLOCK_MONOTONIC in ns when the request was there and when
-                         the answer was set; untouched where it did not come to that */
+    int64_t *times;   /* NULL, or [layers][n_stages][2]: out: CLOCK_MONOTONIC in ns when the request was there, and
+                         the stages before were done, and when the answer was set; untouched where it did not come to
+                         that */
 } neo_cpu_handover;
 
 /* ---- jobs ---- */

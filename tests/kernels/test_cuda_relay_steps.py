@@ -225,9 +225,8 @@ def test_lanes_may_have_any_gaps(device: Device) -> None:
     """Every other lane was given up, in layer after layer: far more runs of lanes than layers."""
     layers, lanes = 40, 64
     with Scene(device, layers, lanes) as scene:
-        one = scene.arrive(0)
         slots = np.full((layers + 1, lanes), NOBODY, dtype=np.int32)
-        slots[1:, ::2] = one.slot
+        slots[1:, ::2] = [scene.arrive(0).slot for _ in range(lanes // 2)]
         alone = RelayRows(FIRST, slots[:, :1], np.ones((layers + 1, 1), dtype=np.int32))
         many = RelayRows(FIRST, slots, np.ones((layers + 1, lanes), dtype=np.int32))
         scene.relay.packed.copy_(scene.randn(layers, lanes, WIDTH))
