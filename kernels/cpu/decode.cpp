@@ -50,6 +50,7 @@ struct Decode {
     int32_t head_cuts = 1;     // tasks per piece
     int32_t heads_per_cut = 1; // KV heads
     int64_t count = 0;         // pieces
+    int64_t sequences = 0;     // that have tokens
     int64_t tasks = 0;
     const Piece *pieces = nullptr;
     std::atomic<int32_t> *left = nullptr; // [batch][head_cuts]: pieces still to come
@@ -225,41 +226,52 @@ void tune(Decode &decode, const neo_cpu_pool &pool) noexcept {
     decode.segment = pool.segment != 0 ? pool.segment : SEGMENT_TOKENS;
 }
 
-void cut_by_heads(Decode &decode, int threads) noexcept {
+// `pieces`: of all batches in the run. The fewer cuts, the longer are the stretches of memory that a thread reads.
+void cut_by_heads(Decode &decode, int threads, int64_t pieces) noexcept {
     const int32_t kv_heads = decode.args->cache->kv_heads;
     const int64_t wanted = threads == 1 ? 1 : TASKS_PER_THREAD * threads;
-    const int64_t cuts = std::clamp<int64_t>((wanted + decode.count - 1) / decode.count, 1, kv_heads);
+    const int64_t cuts = std::clamp<int64_t>((wanted + pieces - 1) / pieces, 1, kv_heads);
     decode.heads_per_cut = static_cast<int32_t>((kv_heads + cuts - 1) / cuts);
     decode.head_cuts = (kv_heads + decode.heads_per_cut - 1) / decode.heads_per_cut;
     decode.tasks = decode.count * decode.head_cuts;
 }
 
-// How a part is cut. Sequences without tokens get their zeros.
-void plan(Together &all, Decode &decode, const neo::Part &part) noexcept {
+// What a part has to do. Sequences without tokens get their zeros.
+void look_at(Together &all, Decode &decode, const neo::Part &part) noexcept {
     if (part.append != nullptr) {
         decode.append = part.append;
         decode.to_append = part.append->rows;
         all.rows += part.append->rows;
     }
-    int64_t open = decode.to_append.load();
-    if (part.decode != nullptr) {
-        const neo_cpu_decode &args = *part.decode;
-        decode.args = &args;
-        decode.group = args.q_heads / args.cache->kv_heads;
-        int64_t sequences = 0;
-        for (int32_t i = 0; i < args.batch; i++) {
-            decode.count += pieces_of(args.lengths[i]);
-            sequences += args.lengths[i] != 0;
-            if (args.lengths[i] == 0 && all.doing == Doing::ATTEND)
-                clear_row(args, i);
-        }
-        tune(decode, all.pool);
+    if (part.decode == nullptr)
+        return;
+    const neo_cpu_decode &args = *part.decode;
+    decode.args = &args;
+    decode.group = args.q_heads / args.cache->kv_heads;
+    tune(decode, all.pool);
+    for (int32_t i = 0; i < args.batch; i++) {
+        decode.count += pieces_of(args.lengths[i]);
+        decode.sequences += args.lengths[i] != 0;
+        if (args.lengths[i] == 0 && all.doing == Doing::ATTEND)
+            clear_row(args, i);
+    }
+}
+
+// Tasks of all parts.
+void plan(Together &all, const neo::Part *parts) noexcept {
+    int64_t pieces = 0;
+    for (int32_t i = 0; i < all.count; i++) {
+        look_at(all, all.decodes[i], parts[i]);
+        pieces += all.decodes[i].count;
+    }
+    all.tasks = all.rows;
+    for (int32_t i = 0; i < all.count; i++) {
+        Decode &decode = all.decodes[i];
         if (decode.count != 0)
-            cut_by_heads(decode, all.pool.threads());
-        open += sequences * decode.head_cuts;
+            cut_by_heads(decode, all.pool.threads(), pieces);
+        decode.open = decode.to_append.load() + decode.sequences * decode.head_cuts;
         all.tasks += decode.tasks;
     }
-    decode.open = open;
 }
 
 int64_t floats(const Decode &decode) noexcept {
@@ -350,9 +362,7 @@ neo_cpu_status check_all(const neo_cpu_pool *pool, const neo::Part *parts, int32
 
 neo_cpu_status run(Together &all, const neo::Part *parts) noexcept {
     std::lock_guard<std::mutex> lock(all.pool.mutex);
-    for (int32_t i = 0; i < all.count; i++)
-        plan(all, all.decodes[i], parts[i]);
-    all.tasks += all.rows;
+    plan(all, parts);
     if (!prepare(all))
         return neo::fail(NEO_CPU_NO_MEMORY, "no memory for the partial results of %lld tasks",
                          static_cast<long long>(all.tasks));
