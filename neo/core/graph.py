@@ -81,6 +81,7 @@ class Work(NamedTuple):
     beside_bytes: int = (
         0  # copies: bytes going the other way in this layer; CPU_ATTN: bytes of all its copies
     )
+    layers: int = 1  # CPU_ATTN: layers that the CPU's threads serve in one run, with as much work each
 
 
 NO_BATCH = (

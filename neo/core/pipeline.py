@@ -255,7 +255,7 @@ class _Compiler:
         return Work(tokens, bytes=allreduce_bytes(tokens, model))
 
     def relay_work(self, kind: OpKind) -> Work:
-        """Of a layer on average: layers differ in who is there."""
+        """Of a layer on average: layers differ in who is there. Their attention is all there at once."""
         layers = self.model.layers
         if kind is OpKind.SEND:
             rows = -(-self.going // layers)
@@ -263,7 +263,7 @@ class _Compiler:
         rows = -(-len(self.coming) // layers)
         if kind is OpKind.RECV:
             return Work(rows, rows, bytes=recv_bytes(rows, self.model))
-        return Work(rows, rows, -(-kv_read(tuple(self.coming)) // layers))
+        return Work(rows, rows, -(-kv_read(tuple(self.coming)) // layers), layers=layers)
 
     def with_contention(
         self, keys: tuple[WorkKey, ...], counts: tuple[int, ...], works: list[Work]

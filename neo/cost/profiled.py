@@ -112,7 +112,7 @@ class Profiled:
             "warnings": warnings_of([*self._curves.values(), *self._surfaces.values()]),
         }
 
-    # -- prices: positions of Work are (tokens, sequences, kv_tokens, bytes, chunks, beside_bytes) ----------
+    # -- prices: positions of Work are (tokens, sequences, kv_tokens, bytes, chunks, beside_bytes, layers) --
 
     def _curve(self, name: str, kind: OpKind) -> Curve:
         found = self._curves.get(name)
@@ -134,7 +134,7 @@ class Profiled:
 
     def _gpu_attention(self, work: Work) -> Any:
         """Prefill chunks by (length, start), added up, and decode by (sequences, KV tokens)."""
-        _, sequences, kv, _, chunks, _ = work
+        _, sequences, kv, _, chunks, _, _ = work
         prefill = 0.0
         if chunks:
             surface = self._surface("gpu_attn_prefill", OpKind.GPU_ATTN)
@@ -148,7 +148,10 @@ class Profiled:
         return prefill + surface.at(sequences, kv)
 
     def _cpu_attention(self, work: Work) -> Any:
-        _, sequences, kv, _, _, beside = work
+        _, sequences, kv, _, _, beside, layers = work
+        if layers > 1:  # one run of all of them, of which this is a share
+            every = Work(0, sequences * layers, kv * layers, beside_bytes=beside * layers)
+            return self._cpu_attention(every) / layers
         if not sequences:
             return np.zeros(kv.shape) if isinstance(kv, np.ndarray) else 0.0
         surface = self._surface("cpu_attn", OpKind.CPU_ATTN)

@@ -224,7 +224,7 @@ class Roofline:
         self._allreduce_s = _ALLREDUCES * (f.allreduce_s + 2 * (tp - 1) * hw.gpu_link_latency)
         self._allreduce_byte_s = 2 * (tp - 1) / tp / rates.gpu_link if tp > 1 else 0.0
 
-    # -- prices: positions of Work are (tokens, sequences, kv_tokens, bytes, chunks, beside_bytes) ----------
+    # -- prices: positions of Work are (tokens, sequences, kv_tokens, bytes, chunks, beside_bytes, layers) --
 
     def _schedule(self, work: Work) -> float:
         return self._schedule_s + work[1] * self._schedule_sequence_s
@@ -243,7 +243,7 @@ class Roofline:
 
     def _gpu_attention(self, work: Work) -> Any:
         """Prefill chunks by causal FLOPs against KV bytes (Dao, arXiv 2307.08691), decode by KV bytes."""
-        _, sequences, kv, _, chunks, _ = work
+        _, sequences, kv, _, chunks, _, _ = work
         prefill = self._prefill(chunks) if chunks else 0.0
         if not sequences:
             return self._without_sequences(kv, prefill)
@@ -265,10 +265,10 @@ class Roofline:
 
     def _cpu_attention(self, work: Work) -> Any:
         """max(bytes / bandwidth, FLOPs / peak) over all ranks' heads; bandwidth falls while copies move."""
-        _, sequences, kv, _, _, beside = work
+        _, sequences, kv, _, _, beside, layers = work
         if not sequences:
             return self._without_sequences(kv, 0.0)
-        fixed = self._cpu_launch_s + sequences * self._cpu_sequence_s
+        fixed = self._cpu_launch_s / layers + sequences * self._cpu_sequence_s
         own, copies_s = kv * self._kv_bytes, beside * self._cpu_copy_s
         compute = kv * self._cpu_flop_s
         if isinstance(kv, np.ndarray):

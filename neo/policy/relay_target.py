@@ -109,7 +109,7 @@ class RelayTarget:
         if not hosted:
             return seconds
         kv = hosted * load.kv // (self.layers + 1)
-        attention = float(times.cost.seconds(OpKind.CPU_ATTN, Work(rows, rows, kv)))
+        attention = float(times.cost.seconds(OpKind.CPU_ATTN, Work(rows, rows, kv, layers=self.layers)))
         return max(seconds, self.layers * attention)
 
 

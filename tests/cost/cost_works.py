@@ -19,6 +19,7 @@ works = st.builds(
     bytes=st.integers(0, 10**10),
     chunks=chunk_lists,
     beside_bytes=st.integers(0, 10**10),
+    layers=st.integers(1, 128),
 )
 
 

@@ -82,6 +82,16 @@ def test_contention_survives_the_round_trip(kind: OpKind, work: Work) -> None:
     assert profiled().seconds(kind, work) > profiled().seconds(kind, work._replace(beside_bytes=0))
 
 
+@pytest.mark.parametrize("cost", [profiled(), ROOFLINE], ids=["profiled", "roofline"])
+def test_layers_in_one_run_share_its_price(cost: CostModel) -> None:
+    """What a run costs beside its reading is paid once."""
+    one = Work(sequences=4, kv_tokens=4000)
+    all_of_them = Work(sequences=4 * 32, kv_tokens=4000 * 32)
+    share = cost.seconds(OpKind.CPU_ATTN, one._replace(layers=32))
+    assert 32 * share == pytest.approx(cost.seconds(OpKind.CPU_ATTN, all_of_them), rel=1e-3)
+    assert share < cost.seconds(OpKind.CPU_ATTN, one)
+
+
 @given(kinds, works, st.sampled_from(FIELDS), st.integers(1, 100_000))
 def test_monotone_in_every_field(kind: OpKind, work: Work, field: str, by: int) -> None:
     less, more = profiled().seconds(kind, work), profiled().seconds(kind, grown(work, field, by))

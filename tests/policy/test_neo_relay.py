@@ -182,7 +182,7 @@ def load(system: System, output: int) -> Load:
 def test_the_best_rate_keeps_the_cpu_busy_for_a_step() -> None:
     system = machine(800)
     relay, known = target(system), load(machine(800), 200)
-    rates = [relay.rate(known, n)[0] for n in (0, 16, 33, 132)]
+    rates = [relay.rate(known, n)[0] for n in (0, 16, 66, 330)]
     assert rates[0] < rates[1] < rates[2] > rates[3], "too many, and the GPU waits for the CPU"
     loads = [load(machine(blocks), 200) for blocks in (200, 800)]
     gain = [relay.rate(known, 33)[0] / relay.rate(known, 0)[0] for known in loads]
