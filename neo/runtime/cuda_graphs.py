@@ -15,7 +15,11 @@ from neo.runtime.cuda_rows import Layout
 from neo.runtime.cuda_step import to_device
 from neo.runtime.step_inputs import BatchInputs, StepInputs
 
-_KEPT = 64  # graphs; the one that was not used for longest goes first
+_KEPT = 192
+"""Graphs; the one that was not used for longest goes first. Some 15 numbers of rows, without relayed decodes or with
+one of five numbers of them, and moving KV in, out, both or not, are 360; a run meets perhaps half of them, and
+capturing one takes as long as several steps. They share memory, also of their logits; what each keeps is its
+kernels' arguments, about a megabyte."""
 
 
 class Graphs:
