@@ -61,10 +61,13 @@ class FixedCopies:
                 way[:, :, : pairs.shape[2]].copy_(sent[at : at + pairs.size].view(pairs.shape))
             at += pairs.size
 
-    def run(self, way: Way, layer: int) -> None:
-        """Copy what a layer's list says when this runs, now or whenever it is replayed."""
+    def run(self, way: Way, layer: int, stream: int | None = None) -> None:
+        """Copy what a layer's list says when this runs, now or whenever it is replayed.
+
+        ``stream``: its handle, None for torch's current one.
+        """
         launch, index = self._launch[way], _WAYS.index(way)
         pairs = self._lists[index, layer]
         launch.args.src_blocks, launch.args.dst_blocks = pairs[0].data_ptr(), pairs[1].data_ptr()
         launch.args.count_at = self._counts[index, layer:].data_ptr()
-        launch()
+        launch(stream)
