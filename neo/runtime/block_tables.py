@@ -160,7 +160,7 @@ class CopyList:
         return found
 
     def stacked(self, layers: int) -> tuple[Ints, Ints]:
-        """``at`` of all layers, [layers, (source, target), most of a layer], 0 where there is none; counts."""
+        """``at`` of all layers, [layers, (source, target), most], 0 where there is none; and ``counts``."""
         counts = self.counts(layers)
         found: Ints = np.zeros((layers, 2, counts.max(initial=0)), dtype=np.int32)
         used = np.zeros(layers, dtype=np.int64)

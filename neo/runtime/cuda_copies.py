@@ -1,8 +1,8 @@
 """Block copies of captured steps: a graph is captured once, and what is copied differs from step to step.
 
-Each direction has a list for every layer at an address that stays, and its length beside it, which the kernel
-reads (``count_at`` of ``neo.runtime.cuda_transfers.copy_blocks``). A step's lists are sent ahead of its graph, on
-the stream that replays it: whatever read those of the step before has ended by then.
+Each direction has a list for every layer at an address that stays, and its length beside it, which the
+kernel reads (``count_at`` of ``neo.runtime.cuda_transfers.copy_blocks``). A step's lists are sent ahead of
+its graph, on the stream that replays it: whatever read those of the step before has ended by then.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from neo.runtime.cuda_step import Way, to_device
 from neo.runtime.kv_memory import KVMemory
 
 MOST_PAIRS = 1024
-"""Blocks of a layer that a captured step copies in one direction at most. 16k tokens of 16 a block: copying them
-takes longer than launching a step's operations one by one, which those with more do."""
+"""Blocks of a layer that a captured step copies in one direction at most. With 16 tokens a block these are 16k
+tokens: to copy more takes longer than to launch a step's operations one by one, which is then done."""
 _WAYS = (Way.OUT, Way.IN)
 
 

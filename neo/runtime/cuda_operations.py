@@ -2,8 +2,8 @@
 
 They run on one stream, copies on a stream per direction, ordered by events where the graph says so. RECV is
 launched right ahead of the POST that needs it. For each step: ``begin``, then ``prepare`` and ``launch``; or,
-of decodes alone, ``prepare_decodes`` and a graph that ``captured`` has launched once, the streams of its copies
-forked from the one that is captured.
+of decodes alone, ``prepare_decodes`` and a graph that ``captured`` has launched once, with streams of copies
+that fork from the main one and join it again.
 """
 
 from __future__ import annotations

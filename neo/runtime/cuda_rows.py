@@ -44,9 +44,9 @@ class Layout:
 
 
 class Inputs:
-    """Numbers of a step's rows, one copy to the device: [tokens | positions | slots | decodes | late | counts].
+    """Numbers of a step's rows, one copy to the device: tokens, positions, slots, decodes, late, counts.
 
-    ``late`` are slots of those decodes on the GPU whose new KV is appended with attention, not with PRE: in
+    Late are slots of those decodes on the GPU whose new KV is appended with attention, not with PRE: for
     captured steps, where nothing but what lies here tells who they are.
 
     On the host there are two of them, taken in turn: a step's may still be on their way when the next one's

@@ -17,8 +17,8 @@ _MOST_STEPS = 96
 def prepare_engine(engine: Engine, model: ModelSpec) -> None:
     """Run made-up steps of the sizes that the executor prepares for; nothing of them is left.
 
-    An executor says so by a tuple ``sizes``; others need nothing. For an engine that has no requests yet. Where
-    the policy relays, and there is host memory to do so, steps with relayed decodes are run too.
+    An executor says so by a tuple ``sizes``; others need nothing. For an engine that has no requests yet.
+    Where the policy relays, and there is host memory to do so, steps with relayed decodes are run too.
     """
     sizes: tuple[int, ...] = getattr(engine.executor, "sizes", ())
     if not sizes:
@@ -84,7 +84,7 @@ class _Relay:
         self._within = [r for r in self._within if r.relay_layers]
 
     def _begin(self, rows: int, decodes: int) -> None:
-        """A group of another size begins, in a step like the latest; those under way are given up behind it."""
+        """A group of another size begins, in a step like the latest; who is under way is given up then."""
         before, self._rows = self._within, rows
         self._within = self._group()
         self._bench.relayed(decodes, [*before, *self._within])

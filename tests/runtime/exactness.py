@@ -104,7 +104,7 @@ class ToFinish(Chaos):
 class Ferry:
     """Nearly every step without prefill moves KV ahead of it: somebody leaves the GPU, somebody comes back.
 
-    Who has come decodes at once. Those on the host decode there, relayed or not, some in the step they came in.
+    Who has come decodes at once. Those on the host decode there, relayed or not; some as soon as they come.
 
     Attributes:
         moving: steps of decodes alone that have moved or evicted something.
