@@ -16,8 +16,8 @@ from neo.runtime.cuda_step import Way, to_device
 from neo.runtime.kv_memory import KVMemory
 
 MOST_PAIRS = 1024
-"""Blocks of a layer that a captured step copies in one direction at most. With 16 tokens a block these are 16k
-tokens: to copy more takes longer than to launch a step's operations one by one, which is then done."""
+"""Blocks of a layer that a captured step copies in one direction at most. With 16 tokens a block these are
+16k tokens: to copy more takes longer than to launch a step's operations one by one, which is then done."""
 _WAYS = (Way.OUT, Way.IN)
 
 
@@ -37,10 +37,10 @@ class FixedCopies:
         self._layers, self._most, self._device = layers, most, device
         self._lists = torch.zeros((len(_WAYS), layers, 2, most), dtype=torch.int32, device=device)
         self._counts = torch.zeros((len(_WAYS), layers), dtype=torch.int32, device=device)
-        ends = ((gpu.tensor, cpu.tensor), (cpu.tensor, gpu.tensor))
+        out, into = self._lists[:, 0]
         self._launch = {
-            way: transfers.copy_blocks(*tensors, *self._lists[i, 0], self._counts[i, :1])
-            for i, (way, tensors) in enumerate(zip(_WAYS, ends, strict=True))
+            Way.OUT: transfers.copy_blocks(gpu.tensor, cpu.tensor, out[0], out[1], self._counts[0, :1]),
+            Way.IN: transfers.copy_blocks(cpu.tensor, gpu.tensor, into[0], into[1], self._counts[1, :1]),
         }
 
     def fits(self, copies: Copies) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,9 @@ from support import ToyCost
 from neo.core.graph import OpKind, Template
 from neo.core.record import Mode, RunRecord
 from neo.policy.registry import load_policy
+from neo.runtime import cuda_operations
+from neo.runtime.block_tables import Copies
+from neo.runtime.cuda_copies import FixedCopies
 from neo.runtime.cuda_device import why_no_gpu
 from neo.runtime.cuda_operations import Operations
 from neo.runtime.model import Model
@@ -98,6 +102,27 @@ def test_decodes_whose_kv_moves_ahead_generate_the_same(
     serve(reference, engine, seed=8, abort=0.02)
     assert policy.moving > 60
     assert len(moved) == (4 if graphs else 0), "into it, out of it, both and neither"
+
+
+def test_steps_that_move_more_than_lists_hold_are_launched(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between others that are replayed."""
+    monkeypatch.setattr(cuda_operations, "FixedCopies", partial(FixedCopies, most=4))
+    asked: list[tuple[int, bool]] = []
+    fits = FixedCopies.fits
+
+    def watched(self: FixedCopies, copies: Copies) -> bool:
+        fit = fits(self, copies)
+        asked.append((max(int(way.counts(3).max()) for way in (copies.swap_in, copies.swap_out)), fit))
+        return fit
+
+    monkeypatch.setattr(FixedCopies, "fits", watched)
+    engine = engine_of(reference, Ferry(4, relays=True), gpu=30, cpu=90)
+    serve(reference, engine, seed=9)
+    assert all(fit == (blocks <= 4) for blocks, fit in asked)
+    moving = [blocks for blocks, _ in asked if blocks]
+    assert min(sum(blocks <= 4 for blocks in moving), sum(blocks > 4 for blocks in moving)) > 10
 
 
 def test_steps_made_up_at_start_leave_nothing(reference: Reference) -> None:
