@@ -138,6 +138,7 @@ class Neo:
         self.options = options or NeoOptions()
         o = self.options
         self._gpu_only = GpuOnly(GpuOnlyOptions(o.prefill, o.token_budget, o.watermark))
+        self.relays = o.relay and o.prefill == "chunked" and not o.eager
         self.staging_layers = int(o.eager)  # else KV on its way to the CPU takes blocks when it needs them
         self._times: StageTimes | None = None
         self._target: HostTarget | None = None
@@ -165,12 +166,11 @@ class Neo:
 
     def _goal(self, view: SystemView) -> Goal | None:
         """What to aim at where CPU decodes are to be relayed; None where two sub-batches do better."""
-        o = self.options
         if not view.limits.relay_rows:
             return None
         goal = None
-        if o.relay and o.prefill == "chunked" and not o.eager and self._relay is not None:
-            goal = self._relay.look(view, min(o.token_budget, view.limits.max_batch_tokens))
+        if self.relays and self._relay is not None:
+            goal = self._relay.look(view, min(self.options.token_budget, view.limits.max_batch_tokens))
         if goal is None and view.relaying:
             return Goal(0, 0)  # tokens that were begun go on to their end
         return goal

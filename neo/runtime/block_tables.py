@@ -152,6 +152,25 @@ class CopyList:
             return _NOTHING, _NOTHING
         return np.concatenate([s.ravel() for s, _ in found]), np.concatenate([t.ravel() for _, t in found])
 
+    def counts(self, layers: int) -> Ints:
+        """How many blocks are copied in each of ``layers`` layers."""
+        found: Ints = np.zeros(layers, dtype=np.int32)
+        for having, sources, _ in self._parts:
+            found[having] += np.int32(sources.shape[1])
+        return found
+
+    def stacked(self, layers: int) -> tuple[Ints, Ints]:
+        """``at`` of all layers, [layers, (source, target), most], 0 where there is none; and ``counts``."""
+        counts = self.counts(layers)
+        found: Ints = np.zeros((layers, 2, counts.max(initial=0)), dtype=np.int32)
+        used = np.zeros(layers, dtype=np.int64)
+        for having, sources, targets in self._parts:
+            rows, width = having[:, None], sources.shape[1]
+            columns = used[rows] + np.arange(width)
+            found[rows, 0, columns], found[rows, 1, columns] = sources, targets
+            used[having] += width
+        return found, counts
+
 
 @dataclass(slots=True)
 class Copies:
@@ -214,6 +233,13 @@ class BlockTables:
         if blocks > self.gpu.tables.shape[2]:
             self._reserve(0, max(blocks, 2 * self.gpu.tables.shape[2]))
         return slot
+
+    def reserve_slots(self, count: int) -> None:
+        """Make room for so many requests, so that tables need not grow when they come."""
+        have = self.gpu.tables.shape[1]
+        if count > have:
+            self._free_slots = [*range(have, count)[::-1], *self._free_slots]
+            self._reserve(count, 0)
 
     def _reserve(self, slots: int, width: int) -> None:
         self.gpu.reserve(slots, width)

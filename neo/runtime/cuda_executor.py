@@ -2,8 +2,8 @@
 
 The GPU's operations are launched in the graph's order (``neo.runtime.cuda_operations``). CPU attention is
 handed over through flags in pinned memory (``neo.runtime.cuda_host``): SEND is a kernel that writes rows,
-RECV one that waits for the answer. Steps that only decode, and move nothing, are replayed as CUDA graphs
-(``neo.runtime.cuda_graphs``).
+RECV one that waits for the answer. Steps that only decode are replayed as CUDA graphs
+(``neo.runtime.cuda_graphs``), also where KV moves ahead of them (``neo.runtime.cuda_copies``).
 """
 
 from __future__ import annotations
@@ -175,12 +175,13 @@ class CudaExecutor:
         with _faults(), torch.inference_mode(), torch.cuda.stream(self._main):
             begin = time.perf_counter()
             self._ops.begin(inputs, sample)
-            if self.options.graphs and not timed and _only_decodes(plan, inputs):
-                self._replay(graph, inputs)
+            copying = tuple(self._ops.streams.values()) if program(graph.template)[0] else ()
+            if self.options.graphs and not timed and _only_decodes(inputs) and self._ops.fixed.fits(copies):
+                self._replay(graph, inputs, copies=copies if copying else None)
+                copying = ()  # they have joined the main stream
             else:
                 self._walk(plan, graph, inputs, copies, timed)
             told, timeline, number = self._ops.told, self._ops.timeline, self._ran
-            copying = self._ops.streams.values() if program(graph.template)[0] else ()
             ended = [s.record_event() for s in (self._main, *copying)]
         self._ran += 1
 
@@ -227,7 +228,8 @@ class CudaExecutor:
 
     def replays(self, plan: StepPlan, inputs: StepInputs) -> bool:
         """Whether a step can be timed as it is replayed; see ``neo.runtime.executor.Replaying``."""
-        return self.options.graphs and _only_decodes(plan, inputs) and not _with_cpu(inputs)
+        still = not (plan.moves or plan.evict)
+        return self.options.graphs and still and _only_decodes(inputs) and not _with_cpu(inputs)
 
     def replay(
         self, graph: StepGraph, inputs: StepInputs, sample: Sample, without: frozenset[OpKind] = frozenset()
@@ -240,13 +242,19 @@ class CudaExecutor:
             self._ops.begin(inputs, sample)
             return seconds_each(self._main, lambda: self._replay(graph, inputs, without))
 
-    def _replay(self, graph: StepGraph, inputs: StepInputs, without: frozenset[OpKind] = frozenset()) -> None:
+    def _replay(
+        self,
+        graph: StepGraph,
+        inputs: StepInputs,
+        without: frozenset[OpKind] = frozenset(),
+        copies: Copies | None = None,
+    ) -> None:
         """Run a step of decodes alone as a CUDA graph, captured the first time."""
         most = [r.capacity for r in self._ops.rows[: len(inputs.batches)]]
         layouts = padded(inputs.batches, most, self._decodes)
         rows = [at.rows for at in layouts]
         self._tune(rows, sum(rows))
-        self._ops.prepare_decodes(layouts)
+        self._ops.prepare_decodes(layouts, copies)
         key = (graph.template, without, *((at.gpu_rows, at.cpu_rows, at.relay_rows) for at in layouts))
         generation = self._ops.mirror.generation
         run = self._graphs.replay(key, generation, lambda: self._ops.captured(graph.template, without))
@@ -288,12 +296,10 @@ def _faults() -> Iterator[None]:
         raise EngineError(f"the step on the GPU failed: {error}") from error
 
 
-def _only_decodes(plan: StepPlan, inputs: StepInputs) -> bool:
-    """Whether a step is a few decodes alone, each where its KV is, with nothing copied."""
-    if plan.moves or plan.evict:
-        return False
+def _only_decodes(inputs: StepInputs) -> bool:
+    """Whether a step is a few decodes alone, each where its KV is, or moves to ahead of it."""
     rows = max([len(b.tokens) for b in inputs.batches])
-    return rows <= _MOST_PADDED and not any(b.chunks or len(b.stream) or len(b.late) for b in inputs.batches)
+    return rows <= _MOST_PADDED and not any(b.chunks or len(b.stream) for b in inputs.batches)
 
 
 def _with_cpu(inputs: StepInputs) -> list[int]:

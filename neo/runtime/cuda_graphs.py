@@ -15,7 +15,10 @@ from neo.runtime.cuda_rows import Layout
 from neo.runtime.cuda_step import to_device
 from neo.runtime.step_inputs import BatchInputs, StepInputs
 
-_KEPT = 64  # graphs; the one that was not used for longest goes first
+_KEPT = 192
+"""Graphs; the one that was not used for longest goes first. Some 15 numbers of rows, without relayed decodes
+or with one of five numbers of them, and KV that comes, goes, both or neither, are 360, not all of which a
+run meets; to capture one takes as long as several steps. They share their memory, that of logits too."""
 
 
 class Graphs:

@@ -2,7 +2,8 @@
 
 They run on one stream, copies on a stream per direction, ordered by events where the graph says so. RECV is
 launched right ahead of the POST that needs it. For each step: ``begin``, then ``prepare`` and ``launch``; or,
-of decodes alone, ``prepare_decodes`` and a graph that ``captured`` has launched once.
+of decodes alone, ``prepare_decodes`` and a graph that ``captured`` has launched once, with streams of copies
+that fork from the main one and join it again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from neo.core.graph import RELAY, RESOURCE_OF, OpKind, Resource, Template
 from neo.core.plan import StepPlan
 from neo.runtime.block_tables import BlockTables, Copies, Ints
 from neo.runtime.cuda_attention import Prefill
+from neo.runtime.cuda_copies import FixedCopies
 from neo.runtime.cuda_host import HandOver, HostAttention, Submitted
 from neo.runtime.cuda_linear import Tuned
 from neo.runtime.cuda_memory import TableMirror
@@ -54,6 +56,7 @@ class Operations:
     Attributes:
         host: does CPU attention; set by who made it, where the host has KV memory.
         rows, mirror, streams: buffers by sub-batch, block tables on the device, streams of copies.
+        fixed: what captured steps copy.
         timeline: where operations of the step that is launched are measured, if they are.
         told: what the host was told of it.
     """
@@ -93,8 +96,10 @@ class Operations:
         self.host: HostAttention | None = None
         self.mirror = TableMirror(tables.gpu, device)
         self._copying = LayerCopies(gpu, cpu, device)
+        self.fixed = FixedCopies(gpu, cpu, config.layers, device)
         self._prefill = Prefill(model, gpu)
         self._capturing = False
+        self._rooms: list[Tensor] = []  # of captured steps' logits; the last is the largest
         self._special: SpecialRows | None = None
         self.timeline: Timeline | None = None
         self.told: Submitted | None = None
@@ -112,17 +117,23 @@ class Operations:
         if self.host is not None:
             self.host.close()
             self.host = None
-        self.rows, self._over, self._relay, self._host_relay = [], [], None, None
+        self.rows, self._over, self._relay, self._host_relay, self._rooms = [], [], None, None, []
 
     def begin(self, inputs: StepInputs, sample: Sample) -> None:
         """The next step's inputs, and what chooses its tokens."""
         self.mirror.update()
         self._inputs, self._sample = inputs, sample
 
-    def prepare_decodes(self, layouts: Sequence[Layout]) -> None:
-        """Inputs and the host's part of a step of decodes alone, padded as its graph is."""
+    def prepare_decodes(self, layouts: Sequence[Layout], copies: Copies | None) -> None:
+        """Inputs and the host's part of a step of decodes alone, padded as its graph is.
+
+        ``copies``: what it moves, if anything.
+        """
         inputs = self._inputs
         self.fill(inputs, layouts)
+        if copies is not None:
+            self.fixed.begin(copies)
+        self._reserve_logits(sum([at.rows for at in layouts]))
         self._special, self.timeline, self._layouts = None, None, layouts
         self._prefill.begin(inputs.batches[0], None)
         self._submit(inputs, layouts, counted=True)
@@ -154,8 +165,13 @@ class Operations:
         """
         self._logits: Tensor | None = None
         self._capturing = True
+        forked = [self.streams[r] for r in {RESOURCE_OF[k]: None for k in template.kinds if k in COPIES}]
         try:
+            for stream in forked:
+                stream.wait_event(self._main.record_event())
             self.launch(template, without)
+            for stream in forked:  # whether or not anything has waited for its last copy
+                self._main.wait_event(stream.record_event())
         finally:
             self._capturing = False
         return self._logits
@@ -168,7 +184,7 @@ class Operations:
     def launch(self, template: Template, without: frozenset[OpKind] = frozenset()) -> None:
         """Every operation, in program order, but for those of some kinds."""
         copied, sections = program(template)
-        self._copied = copied
+        self._copied, self._arriving = copied, OpKind.SWAP_IN in template.kinds
         self._waiting: dict[int, tuple[Step, int]] = {}  # RECVs that are launched ahead of their POST
         self._latest: dict[tuple[OpKind, int], list[torch.cuda.Event]] = {}
         self._exchanged = None
@@ -259,8 +275,9 @@ class Operations:
         if step.kind is OpKind.STREAM:  # what was written to these staging blocks must have left them
             for event in self._latest.get((OpKind.SWAP_OUT, 0), ())[-1:]:
                 stream.wait_event(event)
+        copies = self.fixed if self._capturing else self._copying
         with torch.cuda.stream(stream), self._measure(step, layer, stream):
-            self._copying.run(_WAY[step.kind, step.batch], layer)
+            copies.run(_WAY[step.kind, step.batch], layer)
         self._latest.setdefault((step.kind, step.batch), []).append(stream.record_event())
 
     def _spill(self, layer: int) -> None:
@@ -298,7 +315,9 @@ class Operations:
 
     def _gpu_attention(self, batch: int, layer: int) -> None:
         rows, late = self.rows[batch], self._inputs.batches[batch].late
-        if len(late):
+        if self._capturing and self._arriving:  # whose is on the device: another step's with every replay
+            rows.append_late(self._table(layer))
+        elif len(late):
             rows.append(late.row, len(late), *self._late, self._table(layer))
         special = self._special
         if special is not None and special.prefixed:
@@ -350,7 +369,20 @@ class Operations:
         return self._logits_of([rows.ended() for rows, _ in zip(self.rows, self._layouts, strict=False)])
 
     def _logits_of(self, hidden: list[Tensor]) -> Tensor:
-        return self.model.logits(torch.cat(hidden) if len(hidden) > 1 else hidden[0], self.tuned.head.linear)
+        product = self._head_product if self._capturing else self.tuned.head.linear
+        return self.model.logits(torch.cat(hidden) if len(hidden) > 1 else hidden[0], product)
+
+    def _reserve_logits(self, rows: int) -> None:
+        """Room for the logits of captured steps of so many rows; those captured before keep theirs."""
+        if not self._rooms or len(self._rooms[-1]) < rows:
+            vocab, dtype = len(self.model.weights.head), self.model.dtype
+            self._rooms.append(torch.empty((rows, vocab), dtype=dtype, device=self.model.device))
+
+    def _head_product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Where all graphs write: a step's are read before the next one runs, and they are large."""
+        out = self._rooms[-1][: len(x)]
+        self.tuned.head(x, weight, None, out)
+        return out
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream:

@@ -44,14 +44,17 @@ class Layout:
 
 
 class Inputs:
-    """Numbers of a step's rows, one copy to the device: [tokens | positions | slots | decodes | counts].
+    """Numbers of a step's rows, one copy to the device: tokens, positions, slots, decodes, late, counts.
+
+    Late are slots of those decodes on the GPU whose new KV is appended with attention, not with PRE: for
+    captured steps, where nothing but what lies here tells who they are.
 
     On the host there are two of them, taken in turn: a step's may still be on their way when the next one's
     are written.
     """
 
     def __init__(self, rows: int, decodes: int, device: torch.device) -> None:
-        sizes = [rows, rows, rows, decodes, decodes, 4]
+        sizes = [rows, rows, rows, decodes, decodes, decodes, 4]
         self._hosts = [torch.zeros(sum(sizes), dtype=torch.int32).pin_memory() for _ in range(2)]
         self._device = torch.zeros_like(self._hosts[0], device=device)
         self._cuts = np.cumsum(sizes)[:-1]
@@ -62,13 +65,15 @@ class Inputs:
             self.device_slots,
             self.device_decode_slots,
             self.device_decode_lengths,
+            self.device_late_slots,
             self.device_counts,
         ) = torch.split(self._device, sizes)
 
     def _turn(self) -> None:
         self._hosts.reverse()
         host = np.split(self._hosts[0].numpy(), self._cuts)
-        self.tokens, self.positions, self.slots, self.decode_slots, self.decode_lengths, self.counts = host
+        self.tokens, self.positions, self.slots, *decodes, self.counts = host
+        self.decode_slots, self.decode_lengths, self.late_slots = decodes
 
     def fill(self, batch: BatchInputs, at: Layout) -> None:
         """Write the rows of a sub-batch at their places; rows of nobody get token 0 and no slot."""
@@ -86,7 +91,8 @@ class Inputs:
                 to = slice(first, first + len(source))
                 tokens[to] = batch.tokens[source.rows]
                 positions[to] = source.positions
-            slots[at.gpu : at.gpu + len(d)] = d.slots
+            early = len(d) - len(batch.late)
+            slots[at.gpu : at.gpu + early] = d.slots[:early]
             if (relay := batch.relay) is not None:
                 to = slice(at.relay, at.relay + relay.lanes)
                 tokens[to] = batch.tokens[relay.rows]
@@ -95,6 +101,9 @@ class Inputs:
         self.decode_slots[: at.gpu_rows].fill(0)
         self.decode_lengths[: len(d)] = d.lengths
         self.decode_slots[: len(d)] = d.slots
+        self.late_slots[: at.gpu_rows].fill(_NO_SLOT)
+        if len(batch.late) and not batch.chunks:  # those of chunks are told otherwise
+            self.late_slots[len(d) - len(batch.late) : len(d)] = batch.late.slots
         self.counts[0] = len(c)
 
     def send(self) -> None:
@@ -237,6 +246,13 @@ class Rows:
         args.rows = count
         args.block_tables, args.table_stride = table
         self._late()
+
+    def append_late(self, table: tuple[int, int]) -> None:
+        """KV of the decodes on the GPU that the inputs on the device call late."""
+        at, inputs = self.at, self.inputs
+        if at.gpu_rows:
+            positions = inputs.device_positions[at.gpu :]
+            self.append(at.gpu, at.gpu_rows, inputs.device_late_slots, positions, table)
 
     def _settled(self, first: bool) -> bool:
         """Whether what kernels read ahead of their wait (inputs, angles, plan, older KV) is there by then.

@@ -27,7 +27,8 @@ _NOTHING: Ints = np.empty(0, dtype=np.int32)
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
     """A small array, copied on the current stream without waiting."""
-    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory().to(device, non_blocking=True)
+    host = torch.from_numpy(np.ascontiguousarray(values))
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 class Way(Enum):

@@ -90,7 +90,7 @@ class Bench:
         members = tuple([self.decoding(n, Tier.GPU) for n in lengths])
         plan = StepPlan((SubBatch(gpu_decode=members),))
         runs = [self._once(plan, apart=False).get(WHOLE, []) for _ in range(self.repeats)]
-        self._release(members)
+        self.release(members)
         return [seconds for run in runs for seconds in run]
 
     def prefill(self, start: int, length: int, tier: Tier = Tier.GPU) -> Measured:
@@ -125,7 +125,7 @@ class Bench:
                 found[i].append(self._once(plan))
                 mover.tier = dst
                 mover.host_layers = (1 << self.model.layers) - 1 if dst is Tier.CPU else 0
-        self._release((runs, mover))
+        self.release((runs, mover))
         return _joined(found[0]), _joined(found[1])
 
     def company(self, sequences: int, kv_tokens: int) -> tuple[Measured, Measured, Measured, Measured]:
@@ -152,9 +152,29 @@ class Bench:
                 for move in moves:
                     move.request.tier = move.dst
                     move.request.host_layers = whole if move.dst is Tier.CPU else 0
-        self._release((*members, one, other))
+        self.release((*members, one, other))
         alone, out, into, both = found
         return _joined(alone), _joined(out), _joined(into), _joined(both)
+
+    def relayed(self, decodes: int, relay: Sequence[Request], arriving: bool = False) -> Measured:
+        """A step of GPU decodes that read one token, beside relayed ones: made-up requests on the host, which
+        are a layer further when it has run.
+
+        ``arriving``: one of the GPU's is swapped in ahead of it, and reads two.
+        """
+        members = [self.decoding(1, Tier.GPU) for _ in range(decodes - arriving)]
+        moves: tuple[KVMove, ...] = ()
+        if arriving:
+            mover = self.decoding(2, Tier.CPU)
+            mover.tier, mover.host_layers = Tier.GPU, 0  # where it is when the step uses it
+            members.append(mover)
+            moves = (KVMove(mover, Tier.GPU),)
+        batch = SubBatch(gpu_decode=tuple(members), relay_decode=tuple(relay))
+        found = self._once(StepPlan((batch,), moves))
+        for request in relay:
+            request.relay_layers = (request.relay_layers + 1) % (self.model.layers + 1)
+        self.release(members)
+        return found
 
     # -- made-up requests -----------------------------------------------------------------------------------
 
@@ -184,7 +204,7 @@ class Bench:
     def run(self, plan: Callable[[], StepPlan], members: Sequence[Request]) -> Measured:
         """Run a plan again and again."""
         found = [self._once(plan()) for _ in range(self.repeats)]
-        self._release(members)
+        self.release(members)
         return _joined(found)
 
     def _once(self, plan: StepPlan, apart: bool = True) -> Measured:
@@ -228,7 +248,8 @@ class Bench:
     def _sample(self, logits: Any, requests: tuple[str, ...]) -> None:
         self._sampler.sample(logits, [self._known[r].state for r in requests])
 
-    def _release(self, members: Sequence[Request]) -> None:
+    def release(self, members: Sequence[Request]) -> None:
+        """Forget requests, and free what they hold."""
         for request in members:
             self.executor.tables.release(request.id)
             del self._known[request.id]

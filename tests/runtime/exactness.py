@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,11 @@ from engine_builders import Collected, add
 from model_builders import hf_generate, hf_model, save_tiny
 from support import Chaos
 
-from neo.core.request import FinishReason
+from neo.core.errors import PlanError
+from neo.core.plan import IDLE, Evict, EvictMode, KVMove, PrefillChunk, StepPlan, SubBatch
+from neo.core.request import FinishReason, Request, Tier
+from neo.core.validate import check as check_plan
+from neo.core.view import SystemView
 from neo.runtime.model import Model
 
 LONGEST = 20  # tokens generated of each prompt
@@ -94,3 +99,66 @@ class ToFinish(Chaos):
 
     def __init__(self, seed: int, relays: float = 0.0) -> None:
         super().__init__(seed, staging_layers=1 + seed % 3, relays=relays)
+
+
+class Ferry:
+    """Nearly every step without prefill moves KV ahead of it: somebody leaves the GPU, somebody comes back.
+
+    Who has come decodes at once. Those on the host decode there, relayed or not; some as soon as they come.
+
+    Attributes:
+        moving: steps of decodes alone that have moved or evicted something.
+    """
+
+    def __init__(self, seed: int, relays: bool) -> None:
+        self.random = Random(seed)
+        self.relays = relays
+        self.moving = 0
+
+    def plan(self, view: SystemView, cost: Any) -> StepPlan:
+        """The first wish that can be had."""
+        for plan in self._wishes(view):
+            try:
+                check_plan(view, plan)
+            except PlanError:
+                continue
+            moves = plan.moves or plan.evict
+            self.moving += bool(moves and not any(b.prefill for b in plan.batches))
+            return plan
+        return IDLE
+
+    def _wishes(self, view: SystemView) -> Iterator[StepPlan]:
+        gpu = list(view.gpu_decodes)
+        host = [r for r in view.cpu_decodes if not r.relay_layers]
+        for people in (gpu, host):
+            self.random.shuffle(people)
+        new = [*view.prefilling, *view.waiting][:1] if self.random.random() < 0.3 or not gpu + host else []
+        for r in new:
+            length = min(r.remaining_prefill, view.limits.max_batch_tokens // 2)
+            yield self._plan(view, gpu, host, chunks=(PrefillChunk(r, r.computed, length),))
+        mode = self.random.choice(list(EvictMode))
+        if gpu and self.random.random() < 0.1:
+            yield self._plan(view, gpu[1:], host, evict=(Evict(gpu[0], mode),))
+        numbers = [(1, 1), (1, 0), (0, 1)]
+        self.random.shuffle(numbers)
+        numbers.insert(0 if self.random.random() < 0.2 else 3, (0, 0))
+        for out, into in numbers:
+            if out <= len(gpu) and into <= len(host):
+                for together in (True, False):
+                    stay, there = [*gpu[out:], *host[:into]], [*host[into:], *gpu[: out * together]]
+                    moves = [KVMove(r, Tier.CPU) for r in gpu[:out]]
+                    moves += [KVMove(r, Tier.GPU) for r in host[:into]]
+                    yield self._plan(view, stay, there, moves=tuple(moves))
+        if gpu:
+            yield self._plan(view, gpu[1:], host, evict=(Evict(gpu[0]),))
+        yield self._plan(view, gpu[:1], [])
+
+    def _plan(
+        self, view: SystemView, gpu: Sequence[Request], host: Sequence[Request], chunks: Any = (), **more: Any
+    ) -> StepPlan:
+        moving = {m.request.id for m in more.get("moves", ())}
+        relayed: list[Request] = [r for r in view.cpu_decodes if r.relay_layers]
+        if self.relays:
+            relayed += [r for r in host if r.id not in moving]
+        on_cpu = () if self.relays else tuple(host)
+        return StepPlan((SubBatch(chunks, tuple(gpu), on_cpu, relay_decode=tuple(relayed)),), **more)

@@ -10,15 +10,21 @@ pytest.importorskip("torch", reason="the engine needs torch")
 
 from engine_builders import add, make_engine, prompt_of, run, tiny_model, watch
 
+from neo.core.plan import StepPlan, relay_rows
 from neo.core.request import FinishReason
 from neo.policy.registry import load_policy
 from neo.runtime.warm import prepare_engine
 
+QUIET = [("gpu-only", {}, {}), ("neo", {"relay": "false"}, {}), ("neo", {}, {"relay_rows": 0})]
 
-@pytest.mark.parametrize("policy", ["gpu-only", "neo"])
-def test_steps_of_all_sizes_run_and_leave_nothing(policy: str) -> None:
+
+@pytest.mark.parametrize(("policy", "options", "limits"), QUIET)
+def test_steps_of_all_sizes_run_and_leave_nothing(
+    policy: str, options: dict[str, str], limits: dict[str, int]
+) -> None:
+    """Of those who never relay none has relayed decodes."""
     model = tiny_model()
-    engine = make_engine(model, load_policy(policy, {}), gpu=12)
+    engine = make_engine(model, load_policy(policy, options), gpu=12, limits=limits)
     executor: Any = watch(engine)
     executor.sizes = (1, 2, 4, 64)
     prepare_engine(engine, model.config.spec())
@@ -30,6 +36,57 @@ def test_steps_of_all_sizes_run_and_leave_nothing(policy: str) -> None:
     assert engine.steps == 0
     add(engine, "a", prompt_of(9), 5)
     assert run(engine).reasons == {"a": FinishReason.LENGTH}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_relayed_steps_are_those_of_the_midst_of_a_run(layers: int) -> None:
+    """Some come back from the host and some leave, and in every second one a request is swapped in."""
+    model = tiny_model(layers)
+    engine = make_engine(model, load_policy("neo", {}), gpu=12, limits={"relay_rows": 4})
+    executor: Any = watch(engine)
+    executor.sizes = (1, 2, 4, 8)
+    seen: list[tuple[int, int, bool, bool, int]] = []
+
+    def before(plan: StepPlan) -> None:
+        (batch,) = plan.batches
+        if relayed := batch.relay_decode:
+            there = {r.relay_layers for r in relayed}
+            seen.append(
+                (
+                    relay_rows(relayed),
+                    len(batch.gpu_decode),
+                    bool(there - {0}),
+                    bool(there - {layers}),
+                    len(plan.moves),
+                )
+            )
+            assert all(m.request in batch.gpu_decode for m in plan.moves)
+
+    executor.before = before
+    prepare_engine(engine, model.config.spec())
+    shapes = [(4, 8), (4, 4), (2, 8), (2, 6), (2, 2), (1, 8), (1, 7), (1, 3), (1, 1)]
+    usual = [(*shape, True, True, moves) for shape in shapes for moves in (0, 1)]
+    assert set(seen) - set(usual) == {(4, 8, False, True, 0)}, "the first of all"
+    assert set(usual) <= set(seen)
+    assert len(seen) == len(usual) + 3, "a group of another size begins in a step like the one before"
+    tables = engine.executor.tables
+    assert tables.owners == ()
+    assert (tables.gpu.free, tables.cpu.free) == (tables.gpu.total, tables.cpu.total)
+    add(engine, "a", prompt_of(9), 5)
+    assert run(engine).reasons == {"a": FinishReason.LENGTH}
+
+
+@pytest.mark.parametrize("cpu", [0, 3, 4, 40])
+def test_relayed_steps_fit_host_memory_and_are_bounded(cpu: int) -> None:
+    model = tiny_model()
+    engine = make_engine(model, load_policy("neo", {}), gpu=60, cpu=cpu, limits={"max_batch_tokens": 64})
+    executor: Any = watch(engine)
+    executor.sizes = tuple(range(1, 21))
+    rows: set[int] = set()
+    executor.before = lambda plan: rows.update(relay_rows(b.relay_decode) for b in plan.batches)
+    prepare_engine(engine, model.config.spec())
+    assert rows == {0: {0}, 3: {0}, 4: {0, 1}, 40: {0, 16, 8, 4, 2}}[cpu], "those of the most rows first"
+    assert len(executor.ran) <= 2 + 96 + len(rows)
 
 
 def test_an_executor_that_prepares_nothing_runs_nothing() -> None:
