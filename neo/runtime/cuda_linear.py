@@ -24,7 +24,7 @@ from torch import Tensor
 from neo.runtime import cuda_library as c
 from neo.runtime.cuda_fold import MOST_ROWS as FOLDED_ROWS
 from neo.runtime.cuda_fold import fold_norms, foldable
-from neo.runtime.cuda_kernels import CODE
+from neo.runtime.cuda_kernels import CODE, current_stream
 from neo.runtime.weights import Weights
 
 ROW_SIZES = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, *range(128, 513, 32), 768, 1024, 1536, 2048)
@@ -163,7 +163,7 @@ class Plan:
         args = self.args
         args.x, args.weight, args.out = x.data_ptr(), weight.data_ptr(), out.data_ptr()
         args.bias = None if bias is None else bias.data_ptr()
-        status = self._launch(args, torch.cuda.current_stream().cuda_stream)
+        status = self._launch(args, current_stream())
         if status:
             c.check(status)
 

@@ -122,6 +122,8 @@ class Operations:
     def begin(self, inputs: StepInputs, sample: Sample) -> None:
         """The next step's inputs, and what chooses its tokens."""
         self.mirror.update()
+        tables = self.mirror.tables
+        self._tables = tables.data_ptr(), 4 * tables.stride(0), tables.stride(1)
         self._inputs, self._sample = inputs, sample
 
     def prepare_decodes(self, layouts: Sequence[Layout], copies: Copies | None) -> None:
@@ -254,10 +256,9 @@ class Operations:
         """Relayed rows that come and go: both in one kernel, beside the others' attention."""
         assert self._relay is not None
         if self._exchanged is None:
-            with torch.cuda.stream(self._beside):
-                with self._measure(step, layer, self._beside):
-                    self._relay.exchange(layer)
-                self._exchanged = self._beside.record_event()
+            with self._measure(step, layer, self._beside):
+                self._relay.exchange(layer, self._beside.cuda_stream)
+            self._exchanged = self._beside.record_event()
 
     def _events(self, waits: Sequence[tuple[OpKind, int, int]]) -> list[torch.cuda.Event]:
         found = []
@@ -276,16 +277,15 @@ class Operations:
             for event in self._latest.get((OpKind.SWAP_OUT, 0), ())[-1:]:
                 stream.wait_event(event)
         copies = self.fixed if self._capturing else self._copying
-        with torch.cuda.stream(stream), self._measure(step, layer, stream):
-            copies.run(_WAY[step.kind, step.batch], layer)
+        with self._measure(step, layer, stream):
+            copies.run(_WAY[step.kind, step.batch], layer, stream.cuda_stream)
         self._latest.setdefault((step.kind, step.batch), []).append(stream.record_event())
 
     def _spill(self, layer: int) -> None:
         """What was appended with attention goes to the host behind it."""
         stream = self.streams[Resource.D2H]
         stream.wait_event(self._main.record_event())
-        with torch.cuda.stream(stream):
-            self._copying.run(Way.SPILL, layer)
+        self._copying.run(Way.SPILL, layer, stream.cuda_stream)
         self._latest.setdefault((OpKind.SWAP_OUT, 0), []).append(stream.record_event())
 
     @property
@@ -295,8 +295,8 @@ class Operations:
 
     def _table(self, layer: int) -> tuple[int, int]:
         """Address of a layer's block table on the device, and entries between its rows."""
-        tables = self.mirror.tables
-        return tables.data_ptr() + 4 * layer * tables.stride(0), tables.stride(1)
+        address, by_layer, by_row = self._tables
+        return address + layer * by_layer, by_row
 
     # -- the GPU's operations -----------------------------------------------------------------------------
 

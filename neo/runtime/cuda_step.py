@@ -154,8 +154,8 @@ class LayerCopies:
                     at += 2 * len(source)
         self._list = to_device(np.concatenate(parts), self._device) if parts else None
 
-    def run(self, way: Way, layer: int) -> bool:
-        """Copy what is to be copied; whether there was anything."""
+    def run(self, way: Way, layer: int, stream: int | None = None) -> bool:
+        """Copy what is to be copied, on a stream's handle; whether there was anything."""
         found = self._where.get((way, layer))
         if found is None or self._list is None:
             return False
@@ -164,5 +164,5 @@ class LayerCopies:
         address = self._list.data_ptr() + 4 * at
         launch.args.src_blocks, launch.args.dst_blocks = address, address + 4 * count
         launch.args.count = count
-        launch()
+        launch(stream)
         return True
