@@ -1,10 +1,13 @@
-"""Attention of prefill chunks on the GPU, by torch's kernels over what PRE computed and the cache holds."""
+"""Attention of prefill chunks on the GPU, by torch's kernels over what PRE computed and the cache holds.
+
+The operator is the one that ``torch.nn.attention.varlen`` calls. By way of that, it takes a layer 0.3 ms of
+the processor's time, mostly to find out what never changes: a step of 1,000 tokens then waits for launches.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -126,30 +129,15 @@ class Prefill:
     ) -> None:
         q = rows.q[at]
         if self.flash:
-            from torch.nn.attention.varlen import varlen_attn
-
-            out = varlen_attn(q, k, v, *bounds, most_q, most_k, window_size=_CAUSAL, **self._options())
-            assert isinstance(out, Tensor)
-            rows.out[at] = out
+            before, behind = _CAUSAL
+            attend = torch.ops.aten._flash_attention_forward.default
+            found = attend(
+                q, k, v, *bounds, most_q, most_k, 0.0, False, False,
+                window_size_left=before, window_size_right=behind,
+            )  # fmt: skip
+            rows.out[at] = found[0]
             return
         mask = torch.ones(most_q, most_k, dtype=torch.bool, device=q.device).tril_(most_k - most_q)
         q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self._gqa)
         rows.out[at] = found[0].transpose(0, 1)
-
-    def _options(self) -> dict[str, Any]:
-        """Older versions of torch take grouped queries without being told."""
-        return {"enable_gqa": True} if self._gqa and _TELLS_GQA else {}
-
-
-def _takes_gqa() -> bool:
-    import inspect
-
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-_TELLS_GQA = _takes_gqa()
