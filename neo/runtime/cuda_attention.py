@@ -1,7 +1,7 @@
 """Attention of prefill chunks on the GPU, by torch's kernels over what PRE computed and the cache holds.
 
-The operator is the one that ``torch.nn.attention.varlen`` calls. By way of that, it takes a layer 0.3 ms of
-the processor's time, mostly to find out what never changes: a step of 1,000 tokens then waits for launches.
+The operator is the one that ``torch.nn.attention.varlen`` calls. By way of that a call takes the processor
+44 us instead of 20, as measured on an H200's host, with the same result.
 """
 
 from __future__ import annotations
