@@ -187,6 +187,8 @@ def slowdown(busy_s: float, rounds: int) -> str:
         for kind in (BUSY, SERVED):
             pairs = [(a, b) for a, b in zip(steps[kind], alone, strict=True) if a and b]
             ratios = [a[which] / b[which] for a, b in pairs]
+            if len(ratios) < 2:
+                raise SystemExit(f"{kind}: fewer than two turns had {FEWEST} steps: the machine is too slow")
             low, mid, high = statistics.quantiles(ratios, n=4)
             error = 1.25 * (high - low) / 1.35 / len(ratios) ** 0.5
             shown.append(f"{kind} {mid - 1:+.1%} (+-{error:.1%})")
@@ -248,7 +250,8 @@ def busy_cores() -> Iterator[list[int]]:
     """Processes that keep the cores busy that are not the engine's."""
     code = "import json\ndata = [{'a': i, 'b': [str(i)] * 9} for i in range(999)]\n"
     code += "while True: json.loads(json.dumps(data))"
-    found = [subprocess.Popen([sys.executable, "-c", code]) for _ in os.sched_getaffinity(0)]
+    others = os.sched_getaffinity(0) if CORE is not None else ()
+    found = [subprocess.Popen([sys.executable, "-c", code]) for _ in others]
     try:
         yield [process.pid for process in found]
     finally:
@@ -263,6 +266,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=50, help="of the measurement of the engine's step")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nobody is left behind, or left standing
     print(f"{len(os.sched_getaffinity(0))} cores")
     if CORE is not None:
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {CORE})

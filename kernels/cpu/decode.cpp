@@ -14,6 +14,7 @@
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <thread>
 
 #include "append.h"
 #include "check.h"
@@ -164,8 +165,11 @@ void attend(Together &all, Decode &decode, int64_t task, float *space) noexcept 
         neo::load(args.io_dtype, row, q + h * cache.head_dim, cache.head_dim, args.scale * LOG2_E);
     }
     // Rows are appended by tasks that others have taken before: they are at it.
-    while (decode.to_append.load(std::memory_order_acquire) != 0)
+    for (long spins = 0; decode.to_append.load(std::memory_order_acquire) != 0; spins++) {
         neo::relax();
+        if (spins > 100 * neo::SPINS_PER_LOOK)
+            std::this_thread::yield(); // who appends lost its core: let it have this one
+    }
     if (cache.dtype == NEO_CPU_FP16)
         neo_attend_f16(&work);
     else if (cache.dtype == NEO_CPU_BF16)
@@ -236,7 +240,7 @@ void cut_by_heads(Decode &decode, int threads, int64_t pieces) noexcept {
     decode.tasks = decode.count * decode.head_cuts;
 }
 
-// What a part has to do. Sequences without tokens get their zeros.
+// What a part has to do.
 void look_at(Together &all, Decode &decode, const neo::Part &part) noexcept {
     if (part.append != nullptr) {
         decode.append = part.append;
@@ -252,8 +256,6 @@ void look_at(Together &all, Decode &decode, const neo::Part &part) noexcept {
     for (int32_t i = 0; i < args.batch; i++) {
         decode.count += pieces_of(args.lengths[i]);
         decode.sequences += args.lengths[i] != 0;
-        if (args.lengths[i] == 0 && all.doing == Doing::ATTEND)
-            clear_row(args, i);
     }
 }
 
@@ -284,6 +286,12 @@ size_t list_bytes(const Decode &decode) noexcept {
     const size_t counters = static_cast<size_t>(decode.args->batch) * decode.head_cuts;
     const size_t bytes = decode.count * sizeof(Piece) + counters * sizeof(std::atomic<int32_t>);
     return (bytes + alignof(Piece) - 1) / alignof(Piece) * alignof(Piece);
+}
+
+void clear_rows(const Decode &decode) noexcept {
+    for (int32_t i = 0; decode.args != nullptr && i < decode.args->batch; i++)
+        if (decode.args->lengths[i] == 0)
+            clear_row(*decode.args, i);
 }
 
 // A part's workspace and its list of pieces.
@@ -343,12 +351,14 @@ bool prepare(Together &all) noexcept {
 neo_cpu_status check_all(const neo_cpu_pool *pool, const neo::Part *parts, int32_t count, int32_t *wrong) noexcept {
     neo::clear_error();
     *wrong = 0;
-    if (pool == nullptr)
-        return neo::fail(NEO_CPU_BAD_ARGUMENT, "pool must not be NULL");
-    if (!neo::supported())
-        return neo::fail(NEO_CPU_UNSUPPORTED, "this processor has none of the instruction sets built in");
     for (int32_t i = 0; i < count; i++) {
         *wrong = i;
+        if (parts[i].append == nullptr && parts[i].decode == nullptr)
+            continue;
+        if (pool == nullptr)
+            return neo::fail(NEO_CPU_BAD_ARGUMENT, "pool must not be NULL");
+        if (!neo::supported())
+            return neo::fail(NEO_CPU_UNSUPPORTED, "this processor has none of the instruction sets built in");
         neo_cpu_status status = NEO_CPU_OK;
         if (parts[i].append != nullptr)
             status = neo::check(parts[i].append);
@@ -366,6 +376,8 @@ neo_cpu_status run(Together &all, const neo::Part *parts) noexcept {
     if (!prepare(all))
         return neo::fail(NEO_CPU_NO_MEMORY, "no memory for the partial results of %lld tasks",
                          static_cast<long long>(all.tasks));
+    for (int32_t i = 0; i < all.count && all.doing == Doing::ATTEND; i++)
+        clear_rows(all.decodes[i]);
     tell(all); // of those that have nothing to do
     if (all.tasks != 0)
         all.pool.run(work, &all);
@@ -375,9 +387,11 @@ neo_cpu_status run(Together &all, const neo::Part *parts) noexcept {
 neo_cpu_status run_one(neo_cpu_pool *pool, const neo_cpu_decode *args, Doing doing, int32_t *checksum) noexcept {
     const neo::Part part{nullptr, args};
     int32_t wrong = 0;
+    if (pool == nullptr || args == nullptr) {
+        neo::clear_error();
+        return pool == nullptr ? neo::fail(NEO_CPU_BAD_ARGUMENT, "pool must not be NULL") : neo::check(args);
+    }
     neo_cpu_status status = check_all(pool, &part, 1, &wrong);
-    if (status == NEO_CPU_OK && args == nullptr)
-        status = neo::check(args); // which says so
     if (status != NEO_CPU_OK)
         return status;
     Together all{*pool, doing, 1, nullptr, nullptr};
@@ -393,6 +407,11 @@ neo_cpu_status neo::attend_all(neo_cpu_pool *pool, const Part *parts, int32_t co
                                int32_t *wrong) noexcept {
     if (const neo_cpu_status status = check_all(pool, parts, count, wrong))
         return status;
+    if (pool == nullptr) { // nobody has anything to do
+        for (int32_t i = 0; done != nullptr && i < count; i++)
+            done(context, i);
+        return NEO_CPU_OK;
+    }
     Together all{*pool, Doing::ATTEND, count, done, context};
     return run(all, parts);
 }
@@ -403,7 +422,8 @@ int64_t neo::partial_bytes(const neo_cpu_decode *decode) noexcept {
     int64_t pieces = 0;
     for (int32_t i = 0; i < decode->batch; i++)
         pieces += pieces_of(std::max(decode->lengths[i], 0));
-    return pieces * decode->q_heads * (decode->cache->head_dim + 2) * static_cast<int64_t>(sizeof(float));
+    const int64_t floats = int64_t{std::clamp(decode->q_heads, 0, 1 << 16)} * (int64_t{decode->cache->head_dim} + 2);
+    return std::min<int64_t>(pieces, 1 << 20) * floats * static_cast<int64_t>(sizeof(float));
 }
 
 extern "C" neo_cpu_status neo_cpu_decode_attention(neo_cpu_pool *pool, const neo_cpu_decode *args) {

@@ -17,7 +17,7 @@ using Done = void (*)(void *context, int32_t part) noexcept;
 constexpr int32_t MAX_PARTS = 32;
 
 // Parts begin in their order, and no thread waits for the others between two of them. An error is found before anything
-// is touched; `wrong` is then the part that has it.
+// is touched; `wrong` is then the part that has it. `pool` may be NULL where no part has anything to do.
 neo_cpu_status attend_all(neo_cpu_pool *pool, const Part *parts, int32_t count, Done done, void *context,
                           int32_t *wrong) noexcept;
 

@@ -203,8 +203,10 @@ typedef struct neo_cpu_stage {
  * Layer by layer the stages in their order: with two sub-batches, CPU attention of batch 0, then of batch 1. Where each
  * layer has rows, block tables and a channel of its own, as with relayed decodes, the layers are stages of one `layer`;
  * rows of a layer that do not lie side by side are then several, the first with the request and the last with the answer.
- * Stages of a layer that have all been asked for when their turn comes are served in one run of the threads, so none may
- * append what another reads or appends; answers are set in the stages' order, each as soon as it is there.
+ * Stages of a layer that have all been asked for when their turn comes (or need not be: request NULL) are served in one
+ * run of the threads. So none may append or write what another reads, appends or writes, and what their arguments point
+ * to, lengths and tables too, must be valid when the first of them begins. Answers are set in the stages' order, each as
+ * soon as it is there. An error in one of them keeps the others of the run from being served.
  */
 typedef struct neo_cpu_handover {
     size_t size;

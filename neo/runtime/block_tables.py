@@ -234,12 +234,12 @@ class BlockTables:
             self._reserve(0, max(blocks, 2 * self.gpu.tables.shape[2]))
         return slot
 
-    def reserve_slots(self, count: int) -> None:
-        """Make room for so many requests, so that tables need not grow when they come."""
+    def reserve_room(self, slots: int, width: int) -> None:
+        """Make room for so many requests of so many blocks, so that tables need not grow when they come."""
         have = self.gpu.tables.shape[1]
-        if count > have:
-            self._free_slots = [*range(have, count)[::-1], *self._free_slots]
-            self._reserve(count, 0)
+        if slots > have:
+            self._free_slots = [*range(have, slots)[::-1], *self._free_slots]
+        self._reserve(slots, width)
 
     def _reserve(self, slots: int, width: int) -> None:
         self.gpu.reserve(slots, width)

@@ -133,7 +133,7 @@ class CudaExecutor:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers of decodes that steps are captured for, the first time one comes."""
+        """Numbers of decodes that steps are captured for, at start where somebody asks for it."""
         most = min(_MOST_PADDED, self.options.max_decodes, self.options.max_rows)
         return tuple([n for n in ROW_SIZES[1:] if n <= most]) if self.options.graphs else ()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from neo.core.blocks import blocks_for
 from neo.core.request import Request, Tier
 from neo.core.specs import ModelSpec
 from neo.core.view import SystemView
@@ -12,6 +13,8 @@ from neo.runtime.measure import Bench
 
 _MOST_STEPS = 96
 """Steps of decodes alone that are run at most, each of which takes some 50 ms to capture."""
+_TABLE_BYTES = 64 << 20
+"""Of a tier's block tables, for which room is made at start. Wider ones grow when a request needs it."""
 
 
 def prepare_engine(engine: Engine, model: ModelSpec) -> None:
@@ -27,8 +30,12 @@ def prepare_engine(engine: Engine, model: ModelSpec) -> None:
     limits, pool = view.limits, view.pools[Tier.GPU]
     bench = Bench(engine.executor, model, limits.block_size)
     relayed = _relayed_shapes(view, sizes) if getattr(engine.scheduler.policy, "relays", False) else []
-    if relayed:  # graphs know where tables are: those of as many as there may be should not have to grow
-        engine.executor.tables.reserve_slots(limits.max_seqs + 2 * relayed[0][0] + 1)
+    # Graphs know where tables are: they should not have to grow when requests come.
+    slots = limits.max_seqs + (2 * relayed[0][0] + 1 if relayed else 0)
+    most = max([view.pools[tier].tokens for tier in Tier])
+    width = blocks_for(min(engine.options.max_model_len, most), limits.block_size)
+    widest = _TABLE_BYTES // (4 * model.layers * max(slots, 1))
+    engine.executor.tables.reserve_room(slots, min(width, widest))
     longest = min(limits.max_batch_tokens, pool.tokens, engine.options.max_model_len - 1)
     if longest > 0:
         bench.prefill(0, longest)
@@ -51,7 +58,8 @@ def _relayed_shapes(view: SystemView, sizes: Sequence[int]) -> list[tuple[int, i
     """
     limits, gpu, cpu = view.limits, view.pools[Tier.GPU], view.pools[Tier.CPU]
     found = []
-    rows = min(limits.relay_rows, (cpu.blocks - 2) // 2)  # two tokens may be under way, and one moves
+    # Two tokens may be under way, and one moves.
+    rows = min(limits.relay_rows, limits.max_seqs, (cpu.blocks - 2) // 2)
     while rows > 0:
         lanes = 1 << (rows - 1).bit_length()
         most = min(sizes[-1], gpu.blocks - 1, limits.max_batch_tokens - rows)

@@ -166,10 +166,10 @@ def test_tiny_steps_share_a_message_for_longer_but_listen_all_the_same(served: S
     while not served.step():
         pass
     said, heard = [], []
-    for _ in range(34 * 4):
+    for _ in range(67 * 4):
         said.append(sum(len(update.tokens) for update in served.step()))
         heard.append(served.loop.reports.due)
-    assert [n for n in said if n] == [34] * 4, "the 34th ends behind 10 ms"
+    assert [n for n in said if n] == [67] * 4, "the 67th ends behind 20 ms"
     listened = [i for i, due in enumerate(heard) if due]
     assert max(b - a for a, b in pairwise(listened)) == 7, "the seventh ends behind 2 ms"
     assert served.loop.engine.scheduler.unfinished == 3
