@@ -159,7 +159,7 @@ def test_short_steps_share_a_message_and_long_ones_do_not(served: Served) -> Non
 
 
 def test_tiny_steps_share_a_message_for_longer_but_listen_all_the_same(served: Served) -> None:
-    served.far.send(*adds(3, 400))
+    served.far.send(*adds(3, 500))
     served.clock.step_s = 0.0003
     while not served.far.tokens().get(0, [])[5:]:
         served.step()
