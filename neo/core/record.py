@@ -77,6 +77,7 @@ class RunRecord:
     requests: list[Request] = field(default_factory=list)
     _columns: StepColumns = field(default_factory=StepColumns)
     _rows: list[StepRow] = field(default_factory=list)
+    _kept: int = 0  # rows that are in the columns
     itl_values: array[float] = field(default_factory=lambda: array("d"))
     itl_counts: array[int] = field(default_factory=lambda: array("q"))
     busy: dict[str, float] = field(default_factory=dict)  # resource -> seconds it worked
@@ -96,8 +97,10 @@ class RunRecord:
         if self._rows:
             names = StepColumns.__dataclass_fields__
             for name, values in zip(names, zip(*self._rows, strict=True), strict=True):
-                getattr(self._columns, name).extend(values)
-            self._rows.clear()
+                column = getattr(self._columns, name)
+                del column[self._kept :]  # what is left of an attempt that a signal has ended half way
+                column.extend(values)
+            self._kept, self._rows = self._kept + len(self._rows), []
         return self._columns
 
     def add_row(self, row: StepRow) -> None:
