@@ -11,12 +11,12 @@ A model that costs nothing stands behind the real server, in its own process; th
   server.
 - *The engine's step*: from step to step at 64 streams, with a server and without one; for a model that costs
   nothing, and for one that keeps its core busy for 10 ms. A machine may change its speed from one second to
-  the next by far more than a server takes. So the engines are there at once, on one core, and take turns of a
-  0.4 s: all others stand, with their servers and clients (SIGSTOP), and what a step takes in a
-  turn is held against the turn of the engine alone in the same round. A third engine, without a server too,
-  runs while other processes keep the other cores busy: on many machines that alone slows a core down. In
-  processor time of the engine's process and on the wall clock, on which an engine waits that is faster than
-  HTTP: the median over the rounds, with the error of a median (1.25 standard errors, from the quartiles).
+  the next by far more than a server takes. So the engines are there at once, on one core, and take turns of
+  0.4 s: all others stand, with their servers and clients (SIGSTOP), and what a step takes in a turn is held
+  against the turn of the engine alone in the same round. A third engine, without a server too, runs while
+  other processes keep the other cores busy: on many machines that alone slows a core down. In processor time
+  of the engine's process and on the wall clock, on which an engine waits that is faster than HTTP: the median
+  over the rounds, with the error of a median (1.25 standard errors, from the quartiles).
   Streams begin one after the other, also alone: not all need their next block of KV memory in the same step
   then, which takes some 2 % longer.
 
