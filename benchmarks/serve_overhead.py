@@ -1,6 +1,6 @@
 """What the server costs: tokens per second over HTTP, latency it adds to a token, what it takes of a step.
 
-usage: python benchmarks/serve_overhead.py [--streams 1 64 512] [--tokens 400] [--rounds 50]
+usage: python benchmarks/serve_overhead.py [--streams 1 64 512] [--tokens 400] [--models 0 10] [--rounds 50]
 
 A model that costs nothing stands behind the real server, in its own process; the streams are real sockets.
 
@@ -53,7 +53,6 @@ GRIDS = {1: 0.02, 64: 0.05, 512: 0.4}  # seconds: a step's tokens must have arri
 SLOW_STREAMS = 64
 CORE = min(os.sched_getaffinity(0)) if len(os.sched_getaffinity(0)) > 1 else None  # the engine's own
 WARM = 5  # steps, or tokens of a stream, that are not counted
-MODELS_S = (0.0, 0.01)  # what the model takes, where the engine's step is measured
 TURN_S, SETTLE_S = 0.4, 0.05  # of an engine, and what of it is not counted
 FEWEST = 8  # steps of a turn that counts: an engine that is faster than HTTP may wait for all of one
 ALONE, BUSY, SERVED = "alone", "beside others", "served"
@@ -262,8 +261,12 @@ def busy_cores() -> Iterator[list[int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 512])
+    parser.add_argument("--streams", type=int, nargs="*", default=[1, 64, 512])
     parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument(
+        "--models", type=float, nargs="*", default=[0, 10], metavar="MS",
+        help="milliseconds that the model takes where the engine's step is measured",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=50, help="of the measurement of the engine's step")
     args = parser.parse_args()
     if args.rounds < 2:
@@ -274,9 +277,9 @@ def main() -> None:
         os.sched_setaffinity(0, os.sched_getaffinity(0) - {CORE})
     for count in args.streams:
         print(f"{count} streams: {throughput(count, args.tokens)}; {latency(count, args.tokens)}", flush=True)
-    for busy_s in MODELS_S:
-        found = slowdown(busy_s, args.rounds)
-        print(f"step at {SLOW_STREAMS} streams, model of {1e3 * busy_s:g} ms:\n{found}", flush=True)
+    for busy_ms in args.models:
+        found = slowdown(1e-3 * busy_ms, args.rounds)
+        print(f"step at {SLOW_STREAMS} streams, model of {busy_ms:g} ms:\n{found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -197,6 +197,7 @@ class BlockTables:
         self._slots: dict[str, int] = {}
         self._lanes: dict[str, int] = {}
         self._free_slots = list(range(slots))[::-1]
+        self._resting: list[int] = []  # slots given up: CPU attention of a step that runs may read their rows
         self._leaving: list[tuple[TierBlocks, Ints]] = []  # freed when the step has run
         self._behind: list[tuple[int, slice]] = []  # (slot, layers) whose GPU rows go when the step has run
 
@@ -324,7 +325,12 @@ class BlockTables:
         self._behind.append((slot, slice(start, stop)))
 
     def commit(self) -> None:
-        """The step has run: free the sources of its copies."""
+        """Free the sources of the latest step's copies, before another one begins.
+
+        The step may still run if whatever uses these blocks waits for that; the step before it has ended.
+        """
+        self._free_slots += self._resting
+        self._resting.clear()
         self.gpu.settle()
         for tier, blocks in self._leaving:
             tier.give_back(blocks)
@@ -341,4 +347,4 @@ class BlockTables:
         self._lanes.pop(request_id, None)
         self.gpu.drop(slot)
         self.cpu.drop(slot)
-        self._free_slots.append(slot)
+        self._resting.append(slot)

@@ -19,7 +19,8 @@ from neo.core.blocks import blocks_for
 from neo.runtime import cuda_kernels as kernels
 from neo.runtime import cuda_transfers as transfers
 from neo.runtime.cuda_rows import Rows
-from neo.runtime.cuda_step import Special, to_device
+from neo.runtime.cuda_sender import Sender
+from neo.runtime.cuda_step import Special
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import BatchInputs, ChunkRows
@@ -47,8 +48,8 @@ class _Run:
 class Prefill:
     """Chunks of one step after the other; ``begin`` once, ``run`` per layer."""
 
-    def __init__(self, model: Model, memory: KVMemory) -> None:
-        self.model = model
+    def __init__(self, model: Model, memory: KVMemory, sender: Sender) -> None:
+        self.model, self._sender = model, sender
         self.flash = model.dtype in (torch.float16, torch.bfloat16)
         self._cache = kernels.cache_of(memory.tensor, memory.block_size)
         self._table = torch.zeros(
@@ -76,15 +77,14 @@ class Prefill:
     def _run(self, chunks: Sequence[tuple[ChunkRows, int]], special: bool) -> _Run:
         lengths = [c.length for c, _ in chunks]
         ends = [c.start + c.length for c, _ in chunks]
-        device = self.model.device
-        of_q = to_device(np.cumsum([0, *lengths]).astype(np.int32), device)
+        of_q = self._sender.send(np.cumsum([0, *lengths]).astype(np.int32))
         gathered = None
         if any(c.start for c, _ in chunks):
-            of_k = to_device(np.cumsum([0, *ends]).astype(np.int32), device)
+            of_k = self._sender.send(np.cumsum([0, *ends]).astype(np.int32))
             config = self.model.config
             shape = (sum(ends), config.kv_heads, config.head_dim)
-            k, v = (torch.empty(shape, dtype=self.model.dtype, device=device) for _ in range(2))
-            entries = to_device(self._entries([row for _, row in chunks], ends), device)
+            k, v = (torch.empty(shape, dtype=self.model.dtype, device=self.model.device) for _ in range(2))
+            entries = self._sender.send(self._entries([row for _, row in chunks], ends))
             gathered = transfers.gather(self._cache, self._table, entries, k, v), k, v
         else:
             of_k = of_q

@@ -12,7 +12,8 @@ import torch
 
 from neo.runtime import cuda_transfers as transfers
 from neo.runtime.block_tables import Copies
-from neo.runtime.cuda_step import Way, to_device
+from neo.runtime.cuda_sender import Sender
+from neo.runtime.cuda_step import Way
 from neo.runtime.kv_memory import KVMemory
 
 MOST_PAIRS = 1024
@@ -27,14 +28,15 @@ class FixedCopies:
     Args:
         gpu, cpu: KV memory of the two tiers.
         layers: of the model.
-        device: the GPU.
+        sender: to the GPU.
         most: blocks of a layer and direction at most.
     """
 
     def __init__(
-        self, gpu: KVMemory, cpu: KVMemory, layers: int, device: torch.device, most: int = MOST_PAIRS
+        self, gpu: KVMemory, cpu: KVMemory, layers: int, sender: Sender, most: int = MOST_PAIRS
     ) -> None:
-        self._layers, self._most, self._device = layers, most, device
+        self._layers, self._most, self._sender = layers, most, sender
+        device = sender.device
         self._lists = torch.zeros((len(_WAYS), layers, 2, most), dtype=torch.int32, device=device)
         self._counts = torch.zeros((len(_WAYS), layers), dtype=torch.int32, device=device)
         out, into = self._lists[:, 0]
@@ -52,7 +54,7 @@ class FixedCopies:
         """The next step's lists, sent on the current stream."""
         found = [way.stacked(self._layers) for way in (copies.swap_out, copies.swap_in)]
         parts = [counts for _, counts in found] + [pairs.ravel() for pairs, _ in found]
-        sent = to_device(np.concatenate(parts), self._device)
+        sent = self._sender.send(np.concatenate(parts))
         numbers = self._counts.numel()
         self._counts.view(-1).copy_(sent[:numbers])
         at = numbers

@@ -20,7 +20,6 @@ import torch
 
 from neo.core.graph import RELAY, OpKind, StepGraph
 from neo.core.plan import StepPlan
-from neo.core.request import Tier
 from neo.runtime import cuda_library
 from neo.runtime.block_tables import BlockTables, Copies
 from neo.runtime.cuda_graphs import Graphs, padded, valid_rows
@@ -163,9 +162,15 @@ class CudaExecutor:
         """Run a step to its end; see ``neo.runtime.executor.Executor``."""
         return self.start(plan, graph, inputs, copies, sample)()
 
-    def may_be_followed(self, plan: StepPlan) -> bool:
-        """Whether a step can be queued behind this one; see ``neo.runtime.executor.Queueing``."""
-        return not self.timed and self._ran > self.slices_of and _stays(plan)
+    @property
+    def may_be_followed(self) -> bool:
+        """Whether a step can be queued behind the last one; see ``neo.runtime.executor.Queueing``.
+
+        Blocks that it gives up may be taken at once. All that uses them on the GPU, copies too, has ended
+        when the main stream has; the host appends in the order of the steps, to what the GPU has handed over,
+        or ahead of it to relayed rows, which had their blocks a step before.
+        """
+        return not self.timed and self._ran > self.slices_of
 
     def start(
         self, plan: StepPlan, graph: StepGraph, inputs: StepInputs, copies: Copies, sample: Sample
@@ -175,20 +180,18 @@ class CudaExecutor:
         with _faults(), torch.inference_mode(), torch.cuda.stream(self._main):
             begin = time.perf_counter()
             self._ops.begin(inputs, sample)
-            copying = tuple(self._ops.streams.values()) if program(graph.template)[0] else ()
             if self.options.graphs and not timed and _only_decodes(inputs) and self._ops.fixed.fits(copies):
-                self._replay(graph, inputs, copies=copies if copying else None)
-                copying = ()  # they have joined the main stream
+                copied = program(graph.template)[0]
+                self._replay(graph, inputs, copies=copies if copied else None)
             else:
                 self._walk(plan, graph, inputs, copies, timed)
             told, timeline, number = self._ops.told, self._ops.timeline, self._ran
-            ended = [s.record_event() for s in (self._main, *copying)]
+            ended = self._main.record_event()
         self._ran += 1
 
         def wait() -> StepTimes:
             with _faults():
-                for event in ended:
-                    event.synchronize()
+                ended.synchronize()
                 if told is not None and self._ops.host is not None:
                     self._ops.host.finish(told)
                 end = time.perf_counter()
@@ -259,7 +262,7 @@ class CudaExecutor:
         generation = self._ops.mirror.generation
         run = self._graphs.replay(key, generation, lambda: self._ops.captured(graph.template, without))
         if (logits := run()) is not None:
-            self._ops.choose(valid_rows(logits, inputs, layouts))
+            self._ops.choose(valid_rows(logits, inputs, layouts, self._ops.sender))
 
     def _tune(self, rows: Sequence[int], sampled: int) -> None:
         """Find kernels for products of so many rows, the first time there are."""
@@ -275,14 +278,6 @@ class CudaExecutor:
         timeline = Timeline(self._main, self.timed) if timed else None
         self._ops.prepare(plan, copies, program(graph.template)[0], timeline)
         self._ops.launch(graph.template)
-
-
-def _stays(plan: StepPlan) -> bool:
-    """Whether a step moves no KV and streams none, so that no block becomes free behind it."""
-    if plan.moves or plan.evict:
-        return False
-    chunks = [c for b in plan.batches for c in b.prefill]
-    return not any(c.dst is Tier.CPU for c in chunks) and not any(b.stream_decode for b in plan.batches)
 
 
 @contextmanager

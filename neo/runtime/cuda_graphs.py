@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neo.runtime.cuda_linear import padded_rows
 from neo.runtime.cuda_rows import Layout
-from neo.runtime.cuda_step import to_device
+from neo.runtime.cuda_sender import Sender
 from neo.runtime.step_inputs import BatchInputs, StepInputs
 
 _KEPT = 192
@@ -85,7 +85,7 @@ def padded(batches: Sequence[BatchInputs], most: Sequence[int], decodes: int) ->
     return found
 
 
-def valid_rows(logits: Tensor, inputs: StepInputs, layouts: Sequence[Layout]) -> Tensor:
+def valid_rows(logits: Tensor, inputs: StepInputs, layouts: Sequence[Layout], sender: Sender) -> Tensor:
     """The rows of padded sub-batches that are somebody's, in the order of ``inputs.sampled``."""
     if len(logits) == len(inputs.sampled):
         return logits
@@ -96,4 +96,4 @@ def valid_rows(logits: Tensor, inputs: StepInputs, layouts: Sequence[Layout]) ->
             ending = [row - relay.row for row in batch.sampled if row >= relay.row]
             index.append(first + at.relay + np.array(ending, dtype=np.int64))
         first += at.rows
-    return logits.index_select(0, to_device(np.concatenate(index).astype(np.int32), logits.device))
+    return logits.index_select(0, sender.send(np.concatenate(index).astype(np.int32)))

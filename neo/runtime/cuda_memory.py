@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neo.core.errors import InputError
 from neo.runtime.block_tables import Ints, TierBlocks
-from neo.runtime.cuda_step import to_device
+from neo.runtime.cuda_sender import Sender
 from neo.runtime.kv_memory import KVMemory
 
 _GIB = 1 << 30
@@ -75,9 +75,10 @@ class TableMirror:
         generation: how often they have grown.
     """
 
-    def __init__(self, tier: TierBlocks, device: torch.device) -> None:
+    def __init__(self, tier: TierBlocks, sender: Sender) -> None:
         self._tier = tier
-        self._device = device
+        self._sender, self._device = sender, sender.device
+        device = sender.device
         self.generation = 0
         tier.watch()
         self.tables: Tensor = torch.from_numpy(tier.tables).to(device)
@@ -112,7 +113,7 @@ class TableMirror:
 
     def note(self, slots: Sequence[int], tokens: Tensor) -> None:
         """The tokens, int64 on the device, that a step has sampled for slots; on the current stream."""
-        where = to_device(np.array(slots, dtype=np.int64), self._device)
+        where = self._sender.send(np.array(slots, dtype=np.int64))
         self.latest.index_copy_(0, where, tokens.to(torch.int32))
 
     def _buffers(self, count: int) -> tuple[Tensor, Tensor]:

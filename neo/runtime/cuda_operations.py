@@ -2,8 +2,7 @@
 
 They run on one stream, copies on a stream per direction, ordered by events where the graph says so. RECV is
 launched right ahead of the POST that needs it. For each step: ``begin``, then ``prepare`` and ``launch``; or,
-of decodes alone, ``prepare_decodes`` and a graph that ``captured`` has launched once, with streams of copies
-that fork from the main one and join it again.
+of decodes alone, ``prepare_decodes`` and a graph that ``captured`` has launched once.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ from neo.runtime.cuda_memory import TableMirror
 from neo.runtime.cuda_program import COPIES, ORDERED, Step, program
 from neo.runtime.cuda_relay import HostRelay, Relay
 from neo.runtime.cuda_rows import Layout, Rows
+from neo.runtime.cuda_sender import Sender
 from neo.runtime.cuda_special import SpecialRows
-from neo.runtime.cuda_step import LayerCopies, Way, special_rows, to_device
+from neo.runtime.cuda_step import LayerCopies, Way, special_rows
 from neo.runtime.cuda_timeline import Timeline
 from neo.runtime.executor import Sample
 from neo.runtime.kv_memory import KVMemory
@@ -94,10 +94,11 @@ class Operations:
                 self._relay = Relay(model, self.rows[0], relay_lanes)
                 self._host_relay = HostRelay(self._relay, cpu, tables.cpu, config.heads)
         self.host: HostAttention | None = None
-        self.mirror = TableMirror(tables.gpu, device)
-        self._copying = LayerCopies(gpu, cpu, device)
-        self.fixed = FixedCopies(gpu, cpu, config.layers, device)
-        self._prefill = Prefill(model, gpu)
+        self.sender = Sender(device)
+        self.mirror = TableMirror(tables.gpu, self.sender)
+        self._copying = LayerCopies(gpu, cpu, self.sender)
+        self.fixed = FixedCopies(gpu, cpu, config.layers, self.sender)
+        self._prefill = Prefill(model, gpu, self.sender)
         self._capturing = False
         self._rooms: list[Tensor] = []  # of captured steps' logits; the last is the largest
         self._special: SpecialRows | None = None
@@ -121,6 +122,7 @@ class Operations:
 
     def begin(self, inputs: StepInputs, sample: Sample) -> None:
         """The next step's inputs, and what chooses its tokens."""
+        self.sender.begin()
         self.mirror.update()
         tables = self.mirror.tables
         self._tables = tables.data_ptr(), 4 * tables.stride(0), tables.stride(1)
@@ -167,13 +169,8 @@ class Operations:
         """
         self._logits: Tensor | None = None
         self._capturing = True
-        forked = [self.streams[r] for r in {RESOURCE_OF[k]: None for k in template.kinds if k in COPIES}]
         try:
-            for stream in forked:
-                stream.wait_event(self._main.record_event())
             self.launch(template, without)
-            for stream in forked:  # whether or not anything has waited for its last copy
-                self._main.wait_event(stream.record_event())
         finally:
             self._capturing = False
         return self._logits
@@ -184,8 +181,15 @@ class Operations:
         return self.timeline.measure(step, None if step.offset is None else layer, stream)
 
     def launch(self, template: Template, without: frozenset[OpKind] = frozenset()) -> None:
-        """Every operation, in program order, but for those of some kinds."""
+        """Every operation, in program order, but for those of some kinds.
+
+        Streams of copies fork from the main one, on which their lists and what the step before did are on
+        their way, and join it again: what comes behind the step finds all of it done.
+        """
         copied, sections = program(template)
+        forked = [self.streams[r] for r in {RESOURCE_OF[k]: None for k in template.kinds if k in COPIES}]
+        for stream in forked:
+            stream.wait_event(self._main.record_event())
         self._copied, self._arriving = copied, OpKind.SWAP_IN in template.kinds
         self._waiting: dict[int, tuple[Step, int]] = {}  # RECVs that are launched ahead of their POST
         self._latest: dict[tuple[OpKind, int], list[torch.cuda.Event]] = {}
@@ -197,6 +201,8 @@ class Operations:
                         continue
                     layer = -1 if step.offset is None else layer_of_section + step.offset
                     self._issue(step, layer, copied)
+        for stream in forked:  # whether or not anything has waited for its last copy
+            self._main.wait_event(stream.record_event())
 
     def fill(self, inputs: StepInputs, layouts: Sequence[Layout]) -> None:
         """The numbers of every sub-batch's rows, to the device."""
@@ -211,21 +217,19 @@ class Operations:
         first = inputs.batches[0]
         self._special, special = None, None
         self._late = (
-            to_device(first.late.slots, self.model.device),
-            to_device(first.late.positions, self.model.device),
+            self.sender.send(first.late.slots),
+            self.sender.send(first.late.positions),
         )
         if copied:
             special, into, back = special_rows(first, plan, self.tables, self._standing)
             self._copying.begin(copies, self.model.config.layers, into, back)
-            self._special = None if special is None else SpecialRows(special, first, self.rows[0])
+            self._special = (
+                None if special is None else SpecialRows(special, first, self.rows[0], self.sender)
+            )
         self.fill(inputs, layouts)
         self._submit(inputs, layouts, counted=False)
         self._prefill.begin(first, special)
         self._layouts = layouts
-        if copied:  # copies read lists, and write blocks, that the main stream is about to have ready
-            ready = self._main.record_event()
-            for stream in self.streams.values():
-                stream.wait_event(ready)
 
     def _issue(self, step: Step, layer: int, copied: bool) -> None:
         kind, batch = step.kind, step.batch
@@ -354,7 +358,7 @@ class Operations:
         ends = []
         for rows, batch in zip(self.rows, self._inputs.batches, strict=False):
             if batch.sampled:
-                index = to_device(np.array(batch.sampled, dtype=np.int32), self.model.device)
+                index = self.sender.send(np.array(batch.sampled, dtype=np.int32))
                 ends.append(rows.ended(index))
         self.choose(self._logits_of(ends))
 

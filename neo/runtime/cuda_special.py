@@ -7,7 +7,8 @@ import torch
 
 from neo.runtime import cuda_kernels as kernels
 from neo.runtime.cuda_rows import Rows
-from neo.runtime.cuda_step import Special, to_device
+from neo.runtime.cuda_sender import Sender
+from neo.runtime.cuda_step import Special
 from neo.runtime.step_inputs import BatchInputs
 
 
@@ -18,14 +19,15 @@ class SpecialRows:
         special: what they are.
         batch: the sub-batch that has them.
         rows: its buffers.
+        sender: to the device.
     """
 
-    def __init__(self, special: Special, batch: BatchInputs, rows: Rows) -> None:
+    def __init__(self, special: Special, batch: BatchInputs, rows: Rows, sender: Sender) -> None:
         self._rows, self._batch = rows, batch
         self._streams = special.streams
         self.prefixed = special.prefixed
         device = rows.model.device
-        self._tables = to_device(special.tables, device)
+        self._tables = sender.send(special.tables)
         chunks = batch.chunks[len(batch.chunks) - (special.tables.shape[1] - special.streams) :]
         slots = np.concatenate(
             [
@@ -34,12 +36,12 @@ class SpecialRows:
             ]
         )
         positions = [batch.stream.positions, batch.spill.positions]
-        self._slots = to_device(slots.astype(np.int32), device)
-        self._positions = to_device(np.concatenate(positions).astype(np.int32), device)
+        self._slots = sender.send(slots.astype(np.int32))
+        self._positions = sender.send(np.concatenate(positions).astype(np.int32))
         self._attention: kernels.Attention | None = None
         if n := special.streams:
             at = slice(batch.stream.row, batch.stream.row + n)
-            lengths = to_device(batch.stream.lengths, device)
+            lengths = sender.send(batch.stream.lengths)
             size = kernels.decode_workspace(rows.cache, n, rows.heads)
             workspace = torch.zeros(max(16, size), dtype=torch.uint8, device=device)
             self._attention = kernels.decode(

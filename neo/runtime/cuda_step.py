@@ -19,16 +19,11 @@ from neo.core.blocks import blocks_for
 from neo.core.plan import StepPlan
 from neo.runtime import cuda_transfers as transfers
 from neo.runtime.block_tables import BlockTables, Copies, Ints
+from neo.runtime.cuda_sender import Sender
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.step_inputs import BatchInputs
 
 _NOTHING: Ints = np.empty(0, dtype=np.int32)
-
-
-def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A small array, copied on the current stream without waiting."""
-    host = torch.from_numpy(np.ascontiguousarray(values))
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 class Way(Enum):
@@ -120,9 +115,9 @@ def _joined(pairs: Sequence[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
 class LayerCopies:
     """All block copies of a step: one list on the device, one launch per way and layer."""
 
-    def __init__(self, gpu: KVMemory, cpu: KVMemory, device: torch.device) -> None:
-        self._device = device
-        one = torch.zeros(1, dtype=torch.int32, device=device)
+    def __init__(self, gpu: KVMemory, cpu: KVMemory, sender: Sender) -> None:
+        self._sender = sender
+        one = torch.zeros(1, dtype=torch.int32, device=sender.device)
         to_host = transfers.copy_blocks(gpu.tensor, cpu.tensor, one, one)
         to_gpu = transfers.copy_blocks(cpu.tensor, gpu.tensor, one, one)
         self._launch = {Way.OUT: to_host, Way.SPILL: to_host, Way.IN: to_gpu, Way.STREAM: to_gpu}
@@ -152,7 +147,7 @@ class LayerCopies:
                     self._where[way, layer] = (at, len(source))
                     parts += [source, target]
                     at += 2 * len(source)
-        self._list = to_device(np.concatenate(parts), self._device) if parts else None
+        self._list = self._sender.send(np.concatenate(parts)) if parts else None
 
     def run(self, way: Way, layer: int, stream: int | None = None) -> bool:
         """Copy what is to be copied, on a stream's handle; whether there was anything."""

@@ -277,12 +277,7 @@ class Engine:
     def _may_follow(self, running: _Running, plan: StepPlan) -> bool:
         """Whether a step can be queued behind the one that runs, whose tokens nobody has seen yet."""
         queue = self._queue
-        before = running.planned.plan
-        if queue is None or not (running.choice.settled and queue.may_be_followed(before)):
-            return False
-        # A slot that is given up may be written again, which a CPU attention that still runs would read.
-        given_up = plan.evict or self.scheduler.ended or self.scheduler.leaving
-        if given_up and any(b.cpu_decode or b.relay_decode for b in before.batches):
+        if queue is None or not (running.choice.settled and queue.may_be_followed):
             return False
         members = [r for b in plan.batches for r in (*b.decodes, *b.relay_decode)]
         members += [c.request for b in plan.batches for c in b.prefill]

@@ -96,11 +96,9 @@ class Queueing(Executor, Protocol):
         """As ``run``, without waiting. Tokens that the step before samples are ``pending_token``s."""
         ...
 
-    def may_be_followed(self, plan: StepPlan) -> bool:
-        """Whether the next step may be started while this one, the last that was started, runs.
-
-        Only where no block becomes free behind it.
-        """
+    @property
+    def may_be_followed(self) -> bool:
+        """Whether the next step may be started while the last one that was started runs."""
         ...
 
 

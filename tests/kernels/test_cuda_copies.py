@@ -9,6 +9,7 @@ from cuda_cases import Device, device
 
 from neo.runtime.block_tables import Copies, CopyList
 from neo.runtime.cuda_copies import FixedCopies
+from neo.runtime.cuda_sender import Sender
 from neo.runtime.cuda_step import Way
 from neo.runtime.kv_memory import KVMemory
 
@@ -44,7 +45,7 @@ SECOND = Copies(
 def test_every_layer_copies_what_the_latest_lists_say(device: Device, steps: tuple[Copies, ...]) -> None:
     """The launches are those of the first step, as a graph has them."""
     gpu, cpu = memory(device, 1, pinned=False), memory(device, 2, pinned=True)
-    fixed = FixedCopies(gpu, cpu, LAYERS, gpu.tensor.device, MOST)
+    fixed = FixedCopies(gpu, cpu, LAYERS, Sender(gpu.tensor.device), MOST)
     for copies in steps:
         assert fixed.fits(copies)
         fixed.begin(copies)
@@ -62,7 +63,7 @@ def test_every_layer_copies_what_the_latest_lists_say(device: Device, steps: tup
 
 def test_what_is_more_or_comes_behind_does_not_fit(device: Device) -> None:
     gpu, cpu = memory(device, 1, pinned=False), memory(device, 2, pinned=True)
-    fixed = FixedCopies(gpu, cpu, LAYERS, gpu.tensor.device, MOST)
+    fixed = FixedCopies(gpu, cpu, LAYERS, Sender(gpu.tensor.device), MOST)
     most = (ints(2), ints(range(MOST)), ints(range(MOST)))
     more = (ints(0, 2), ints([4], [5]), ints([4], [5]))
     assert fixed.fits(Copies())

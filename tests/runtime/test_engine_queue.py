@@ -18,7 +18,7 @@ from engine_builders import add, make_engine, prompt_of, run, tiny_model
 from exactness import Reference, ToFinish, reference_of, serve
 
 from neo.core.plan import StepPlan
-from neo.core.request import FinishReason, Tier
+from neo.core.request import FinishReason
 from neo.core.runlog import RunLog
 from neo.policy.registry import load_policy
 from neo.runtime.engine import Output
@@ -41,10 +41,7 @@ class Queue:
         self.queued = 0
         self.resolved = 0
 
-    def may_be_followed(self, running: StepPlan) -> bool:
-        chunks = [c for b in running.batches for c in b.prefill]
-        streams = any(b.stream_decode for b in running.batches)
-        return not (running.moves or running.evict or streams or any(c.dst is Tier.CPU for c in chunks))
+    may_be_followed = True
 
     def start(
         self, plan: StepPlan, graph: Any, inputs: Any, copies: Any, sample: Any
