@@ -28,7 +28,7 @@ namespace {
 
 constexpr int32_t PIECE_TOKENS = 1024, SHORT_PIECE_TOKENS = 256; // K and V of a head of 128 in fp16: 512 and 128 KB
 constexpr int32_t SHORT = 4096; // tokens of a sequence that is cut finer
-constexpr int32_t SEGMENT_TOKENS = 64;  // of 32, 64 and 128: the smallest of the fastest
+constexpr int32_t SEGMENT_TOKENS = 32;  // of 32, 64 and 128: the smallest of the fastest
 constexpr int64_t TASKS_PER_THREAD = 8;
 constexpr float LOG2_E = 1.44269504f;
 
@@ -223,10 +223,8 @@ void clear_row(const neo_cpu_decode &args, int32_t sequence) noexcept {
     }
 }
 
-// With one or two query heads to a KV head there is little to compute: the processor's window then reaches far
-// enough ahead that asking for everything costs more than it gives. With more heads it pays (docs/cpu-attention.md).
 void tune(Decode &decode, const neo_cpu_pool &pool) noexcept {
-    decode.whole = pool.prefetch == NEO_CPU_PREFETCH_AUTO ? decode.group > 2 : pool.prefetch == NEO_CPU_PREFETCH_WHOLE;
+    decode.whole = pool.prefetch != NEO_CPU_PREFETCH_STARTS;
     decode.segment = pool.segment != 0 ? pool.segment : SEGMENT_TOKENS;
 }
 

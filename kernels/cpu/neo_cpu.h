@@ -60,7 +60,7 @@ typedef struct neo_cpu_pool neo_cpu_pool;
 typedef enum neo_cpu_prefetch {
     NEO_CPU_PREFETCH_AUTO = 0,   /* the library's choice */
     NEO_CPU_PREFETCH_STARTS = 1, /* the first 2 KB of the blocks that come next; the hardware does the rest */
-    NEO_CPU_PREFETCH_WHOLE = 2   /* all of the next head's K and V as well */
+    NEO_CPU_PREFETCH_WHOLE = 2   /* all of K and V as well, into both levels of cache */
 } neo_cpu_prefetch;
 
 typedef struct neo_cpu_pool_options {
