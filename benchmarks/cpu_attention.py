@@ -2,8 +2,9 @@
 
 Every figure is GB/s of K and V bytes. `read` reads the same bytes with the same threads in the same order and
 computes nothing (the best of the kernel's ways to fetch ahead); `ratio` is the kernel's speed over it. The
-cache is far larger than the processor's caches. All things compared take turns, round after round, and each
-one's best round counts: other work on the machine only ever slows them.
+cache is far larger than the processor's caches. All things compared take turns, round after round, as a machine
+may change its speed from one to the next: `ratio` is taken round by round. Medians; with --json also the least
+and the largest ratio.
 
     python benchmarks/cpu_attention.py --threads 2
 """
@@ -47,7 +48,7 @@ class Result:
     read: float
     kernel: float
     ratio: float
-    kernel_median: float
+    ratios: tuple[float, float]  # least and most
     torch: float | None
 
 
@@ -168,20 +169,19 @@ def measure(shape: Shape, args: argparse.Namespace) -> Result:
             timed("torch", *rival)
     for pool in pools.values():
         pool.close()
-    rounds = speeds.pop("kernel")
-    kernel, median = max(rounds), float(np.median(rounds))
     torch_speed = max(speeds.pop("torch")) if "torch" in speeds else None
-    read = max(max(s) for s in speeds.values())
+    rounds = np.array(speeds.pop("kernel"))
+    reads = np.array(list(speeds.values())).max(axis=0)  # of every round, the best way to read
     return Result(
         shape.name,
         f"{shape.heads[0]}/{shape.heads[1]}",
         shape.dtype,
         shape.blocks,
         args.block_size,
-        read,
-        kernel,
-        kernel / read,
-        median,
+        float(np.median(reads)),
+        float(np.median(rounds)),
+        float(np.median(rounds / reads)),
+        (float((rounds / reads).min()), float((rounds / reads).max())),
         torch_speed,
     )
 
