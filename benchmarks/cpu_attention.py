@@ -2,9 +2,9 @@
 
 Every figure is GB/s of K and V bytes. `read` reads the same bytes with the same threads in the same order and
 computes nothing (the best of the kernel's ways to fetch ahead); `ratio` is the kernel's speed over it. The
-cache is far larger than the processor's caches. All things compared take turns, round after round, as a machine
-may change its speed from one to the next: `ratio` is taken round by round. Medians; with --json also the least
-and the largest ratio.
+cache is far larger than the processor's caches. All things compared take turns, round after round, as a
+machine may change its speed from one to the next: `ratio` is taken round by round. Medians; with --json also
+the least and the largest ratio.
 
     python benchmarks/cpu_attention.py --threads 2
 """
