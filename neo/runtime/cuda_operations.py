@@ -96,7 +96,7 @@ class Operations:
         self.host: HostAttention | None = None
         self.sender = Sender(device)
         self.mirror = TableMirror(tables.gpu, self.sender)
-        self._copying = LayerCopies(gpu, cpu, self.sender)
+        self._copying = LayerCopies(gpu, cpu)
         self.fixed = FixedCopies(gpu, cpu, config.layers, self.sender)
         self._prefill = Prefill(model, gpu, self.sender)
         self._capturing = False

@@ -13,13 +13,11 @@ from enum import Enum, auto
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from neo.core.blocks import blocks_for
 from neo.core.plan import StepPlan
 from neo.runtime import cuda_transfers as transfers
 from neo.runtime.block_tables import BlockTables, Copies, Ints
-from neo.runtime.cuda_sender import Sender
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.step_inputs import BatchInputs
 
@@ -113,16 +111,18 @@ def _joined(pairs: Sequence[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
 
 
 class LayerCopies:
-    """All block copies of a step: one list on the device, one launch per way and layer."""
+    """All block copies of a step that is launched operation by operation; each a call per way and layer.
 
-    def __init__(self, gpu: KVMemory, cpu: KVMemory, sender: Sender) -> None:
-        self._sender = sender
-        one = torch.zeros(1, dtype=torch.int32, device=sender.device)
-        to_host = transfers.copy_blocks(gpu.tensor, cpu.tensor, one, one)
-        to_gpu = transfers.copy_blocks(cpu.tensor, gpu.tensor, one, one)
+    The copy engines make them. Kernels would keep multiprocessors from products that are launched meanwhile,
+    and those wait for the last of theirs.
+    """
+
+    def __init__(self, gpu: KVMemory, cpu: KVMemory) -> None:
+        one = torch.zeros(1, dtype=torch.int32)
+        to_host = transfers.copy_blocks(gpu.tensor, cpu.tensor, one, one, engines=True)
+        to_gpu = transfers.copy_blocks(cpu.tensor, gpu.tensor, one, one, engines=True)
         self._launch = {Way.OUT: to_host, Way.SPILL: to_host, Way.IN: to_gpu, Way.STREAM: to_gpu}
-        self._where: dict[tuple[Way, int], tuple[int, int]] = {}
-        self._list: Tensor | None = None
+        self._lists: dict[tuple[Way, int], tuple[Ints, Ints]] = {}
 
     def begin(
         self,
@@ -131,10 +131,8 @@ class LayerCopies:
         into: Sequence[tuple[Ints, Ints]],
         back: Sequence[tuple[Ints, Ints]],
     ) -> None:
-        """The lists of a step, sent on the current stream."""
-        self._where.clear()
-        parts: list[Ints] = []
-        at = 0
+        """The lists of a step."""
+        self._lists.clear()
         for layer in range(layers):
             for way, pairs in (
                 (Way.OUT, [copies.swap_out.at(layer)]),
@@ -144,20 +142,15 @@ class LayerCopies:
             ):
                 source, target = _joined(pairs)
                 if len(source):
-                    self._where[way, layer] = (at, len(source))
-                    parts += [source, target]
-                    at += 2 * len(source)
-        self._list = self._sender.send(np.concatenate(parts)) if parts else None
+                    self._lists[way, layer] = source, target
 
-    def run(self, way: Way, layer: int, stream: int | None = None) -> bool:
-        """Copy what is to be copied, on a stream's handle; whether there was anything."""
-        found = self._where.get((way, layer))
-        if found is None or self._list is None:
-            return False
-        at, count = found
+    def run(self, way: Way, layer: int, stream: int | None = None) -> None:
+        """Copy what is to be copied, on a stream's handle."""
+        found = self._lists.get((way, layer))
+        if found is None:
+            return
+        source, target = (np.ascontiguousarray(numbers, dtype=np.int32) for numbers in found)
         launch = self._launch[way]
-        address = self._list.data_ptr() + 4 * at
-        launch.args.src_blocks, launch.args.dst_blocks = address, address + 4 * count
-        launch.args.count = count
+        launch.args.src_blocks, launch.args.dst_blocks = source.ctypes.data, target.ctypes.data
+        launch.args.count = len(source)
         launch(stream)
-        return True
