@@ -3,7 +3,8 @@
     python benchmarks/gpu/study.py --hardware P/hardware.toml --cost profiled:P/cost.json --out OUT
 
 For every KV budget and output length both policies run on the engine: random weights, prompts of 1000 tokens,
-all requests at once. Every run's folder is as 'neo bench' writes it, for 'neo validate'.
+all requests at once, or arriving at random at a rate that is the same for both. Every run's folder is as
+'neo bench' writes it, for 'neo validate'.
 
 The bound beside the gain: a request costs the GPU P for its prompt (operations over the measured rate of
 products) and D for decoding, where P + D = 1 / (throughput of gpu-only, measured). If the host decodes a
@@ -19,7 +20,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from prefill import matmul_rate
@@ -33,6 +34,8 @@ from neo.runtime.machine import read_bandwidth, usable_cores
 from neo.runtime.prompts import random_prompts
 from neo.runtime.replay import ReplayOptions
 from neo.runtime.setup import EngineParts
+from neo.workload.arrivals import apply_arrivals
+from neo.workload.base import Workload
 from neo.workload.synthetic import synthetic
 
 PROMPT = 1000
@@ -55,11 +58,38 @@ def best_gain(model: ModelSpec, output: int, throughput: float, products: float,
     return (prompt_s + decode_s) / (prompt_s + (1.0 - share) * decode_s)
 
 
-def points_of(args: argparse.Namespace) -> list[tuple[int, int, int]]:
-    """KV tokens, output tokens and requests of what is to be run."""
+class Point(NamedTuple):
+    """What is to be run."""
+
+    tokens: int  # of KV that the GPU holds
+    output: int
+    requests: int
+    rate: float  # requests/s; 0: all at once
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        """``tokens/output/requests`` with ``@rate`` behind it or not."""
+        counts, _, rate = text.partition("@")
+        tokens, output, requests = map(int, counts.split("/"))
+        return cls(tokens, output, requests, float(rate or 0))
+
+    def workload(self) -> Workload:
+        """Its requests, lengths within 10 %."""
+        found = synthetic(f"around:{PROMPT}:0.1", f"around:{self.output}:0.1", self.requests)
+        return apply_arrivals(found, "poisson", self.rate) if self.rate else found
+
+    @property
+    def name(self) -> str:
+        """For folders."""
+        return f"{self.tokens}-{self.output}" + (f"-{self.rate:g}" if self.rate else "")
+
+
+def points_of(args: argparse.Namespace) -> list[Point]:
+    """What was asked for."""
     if args.points:
-        return [(int(t), int(o), int(n)) for t, o, n in (p.split("/") for p in args.points)]
-    return [(t, o, n) for (t, o), n in POINTS.items() if t in args.budgets and o in args.outputs]
+        return args.points
+    chosen = [(t, o, n) for (t, o), n in POINTS.items() if t in args.budgets and o in args.outputs]
+    return [Point(t, o, max(8, round(args.share * n)), 0.0) for t, o, n in chosen]
 
 
 def main() -> None:
@@ -73,7 +103,10 @@ def main() -> None:
     parser.add_argument("--cost", default="roofline")
     parser.add_argument("--budgets", type=int, nargs="+", default=[3200, 6400, 12800, 26368, 45056])
     parser.add_argument("--outputs", type=int, nargs="+", default=[50, 200, 400])
-    parser.add_argument("--points", nargs="+", help="instead: KV tokens/output tokens/requests")
+    parser.add_argument(
+        "--points", nargs="+", type=Point.parse,
+        help="instead: KV tokens/output tokens/requests, with @requests/s where they arrive at random",
+    )  # fmt: skip
     parser.add_argument("--policies", nargs="+", default=["gpu-only", "neo"])
     parser.add_argument("--policy-opt", action="append", default=[], help="POLICY.KEY=VALUE")
     parser.add_argument("--batch-tokens", type=int, default=512)
@@ -109,12 +142,11 @@ def main() -> None:
     read = read_bandwidth(threads) or parts.hardware.cpu_bandwidth
     print(f"{products / 1e12:.0f} TFLOP/s, {read / 1e9:.0f} GB/s by {threads} threads", flush=True)
     rows: list[dict[str, Any]] = []
-    for tokens, output, number in points_of(args):
+    for point in points_of(args):
         if time.perf_counter() - began > args.stop_after:
             print("out of time", file=sys.stderr)
             break
-        count = number if args.points else max(8, round(args.share * number))
-        workload = synthetic(f"around:{PROMPT}:0.1", f"around:{output}:0.1", count)
+        workload = point.workload()
         how = Measured(
             parts,
             random_prompts(workload, parts.spec.vocab, 0),
@@ -124,15 +156,16 @@ def main() -> None:
             timeline=0,
             bubbles=False,
         )
-        row: dict[str, Any] = {"kv_tokens": tokens, "output": output, "requests": count}
+        row: dict[str, Any] = {"kv_tokens": point.tokens, "output": point.output, "requests": point.requests}
+        row |= {"rate": point.rate} if point.rate else {}
         for policy in args.policies:
             system = parts.system(
                 policy=policy,
                 policy_options=options[policy],
-                kv_gpu_blocks=tokens // 16,
+                kv_gpu_blocks=point.tokens // 16,
                 kv_cpu_blocks=0 if policy == "gpu-only" else args.host_tokens // 16,
             )
-            where = args.out / f"{tokens}-{output}-{policy}"
+            where = args.out / f"{point.name}-{policy}"
             result = Runner(
                 MeasuredRun(system, workload, 0, how),
                 Output(where, False, None, 0.0, tuple(sys.argv)),
@@ -142,6 +175,7 @@ def main() -> None:
                 "request_throughput": metrics["request_throughput"],
                 "tpot_s": metrics["tpot_s"]["mean"],
                 "per_token_s": metrics["latency_per_output_token_s"]["mean"],
+                "ttft_s": metrics["ttft_s"]["mean"],
                 "steps": metrics["steps"],
                 "pipelined": metrics["steps_pipelined"],
                 "relayed": metrics["steps_relayed"],
@@ -151,9 +185,9 @@ def main() -> None:
             gc.collect()
             if on_gpu:
                 torch.cuda.empty_cache()
-        if "gpu-only" in row:
+        if "gpu-only" in row and not point.rate:
             base = row["gpu-only"]["request_throughput"]
-            row["bound"] = best_gain(parts.spec, output, base, products, read)
+            row["bound"] = best_gain(parts.spec, point.output, base, products, read)
         rows.append(row)
         print(line(row), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -167,6 +201,7 @@ def line(row: dict[str, Any]) -> str:
     runs = {name: run for name, run in row.items() if isinstance(run, dict)}
     first = next(iter(runs.values()))
     found = [f"{row['kv_tokens']:6d} tokens, 1000/{row['output']:<4d}"]
+    found += [f"{row['rate']:g}/s"] if "rate" in row else []
     for name, run in runs.items():
         ratio = run["request_throughput"] / first["request_throughput"]
         latency = run["per_token_s"] / first["per_token_s"]
