@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.nn.functional import embedding, rms_norm, silu
 
 from neo.core.errors import InputError
 from neo.core.plugins import close_matches
 from neo.runtime.kv_memory import available_bytes
 from neo.runtime.model_config import ModelConfig, named_config, read_config
+from neo.runtime.products import linear
 from neo.runtime.rope import Rope, RotaryEmbedding, rotate
 from neo.runtime.weights import Checkpoint, RandomWeights, Weights, load_weights
 

@@ -44,8 +44,9 @@ Progress = Callable[[str, float], None]
 """Told what is being measured, and the share that is done."""
 
 _ROUNDS, _QUICK_ROUNDS = 8, 4  # behind one that is not counted
-_SCHEDULE_PROMPT, _SCHEDULE_OUTPUT = 24, 32  # tokens of the requests that SCHEDULE is measured with
+_SCHEDULE_PROMPT, _SCHEDULE_OUTPUT = 24, 12  # tokens of the requests that SCHEDULE is measured with
 _SCHEDULE_SEQS = 64
+_SCHEDULE_STEPS = 6  # that a number of requests needs to count: others are of steps with prompts
 _COMPANY, _COMPANY_TOKENS = 8, 16384  # decodes beside which copies are measured, and their KV tokens
 _BESIDE = "beside"  # what is measured there: (operation, beside what)
 _OPS, _TIMES = ("CPU_ATTN:0", "SWAP_OUT:-1", "SWAP_IN:-1"), ("alone", "out", "in", "both")
@@ -274,9 +275,10 @@ class Profiler:
     # -- the host's own time ------------------------------------------------------------------------------
 
     def _schedule(self) -> dict[str, Any]:
-        """SCHEDULE by requests in the step: a line through the medians of a short engine run.
+        """SCHEDULE by requests in the step, from short engine runs of 1, 2, 4, ... requests.
 
         Recorded and logged, as runs are that somebody measures: that is part of a step's time on the host.
+        Beyond what was measured the last two points go on as a line.
         """
         self.progress("scheduling", 0.9)
         most = max(2, min(_SCHEDULE_SEQS, self.limits.max_seqs))
@@ -289,13 +291,12 @@ class Profiler:
                 points = _host_seconds(engine, most, prompt, output)
             finally:
                 engine.close()
-        sizes = np.array(sorted(points))
-        medians = np.array([statistics.median(points[n]) for n in sizes])
-        slope, base = np.polyfit(sizes, medians, 1) if len(sizes) > 1 else (0.0, medians[0])
-        slope = max(0.0, float(slope))
-        base = max(float(base), float(medians.min()) / 2)
-        ends = [1, max(2, self.limits.max_seqs)]
-        return {"axes": {"sequences": ends}, "seconds": [base + slope * n for n in ends]}
+        sizes = sorted(points)
+        seconds = np.maximum.accumulate([statistics.median(points[n]) for n in sizes])
+        last = max(sizes[-1] + 1, self.limits.max_seqs)
+        slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
+        ends = [*seconds.tolist(), float(seconds[-1] + slope * (last - sizes[-1]))]
+        return {"axes": {"sequences": [*sizes, last]}, "seconds": ends}
 
     # -- what else a file holds ---------------------------------------------------------------------------
 
@@ -352,29 +353,30 @@ def _room(system: System) -> dict[Tier, int]:
     return {tier: pools[tier].tokens for tier in Tier}
 
 
-def _host_seconds(engine: Engine, sequences: int, prompt: int, output: int) -> dict[int, list[float]]:
-    """Seconds of SCHEDULE by requests in the step, of a run that fills up and empties.
+def _host_seconds(engine: Engine, most: int, prompt: int, output: int) -> dict[int, list[float]]:
+    """Seconds of SCHEDULE by requests in the step: by powers of two as far as budgets allow, one run each.
 
-    The first two steps do not count where there are more. InputError if the policy runs none.
+    InputError if the policy runs none.
     """
     random = np.random.default_rng(0)
-    for i in range(2 * sequences):
-        ids = random.integers(0, engine.vocab, prompt).tolist()
-        # Lengths from 1 up: requests end one after the other, so that every size of step occurs.
-        tokens = 1 + i * output // (2 * sequences)
-        engine.add(f"s{i}", ids, SamplingParams(tokens, 0.0, ignore_eos=True))
     steps: list[tuple[int, float]] = []
     rejected = ""
-    while engine.has_work:
-        outputs = engine.step()
-        if engine.steps > len(steps) and engine.last is not None:
-            steps.append((engine.last_sequences, engine.last.seconds[0]))
-        elif not outputs:
-            raise engine.scheduler.stalled()
-        rejected = next((o.detail for o in outputs if o.detail), rejected)
+    for count in [1 << i for i in range(most.bit_length())]:
+        for i in range(count):
+            ids = random.integers(0, engine.vocab, prompt).tolist()
+            engine.add(f"s{count}-{i}", ids, SamplingParams(output, 0.0, ignore_eos=True))
+        while engine.has_work:
+            ran = engine.steps
+            outputs = engine.step()
+            if engine.steps > ran and engine.last is not None:
+                steps.append((engine.last_sequences, engine.last.seconds[0]))
+            elif not outputs:
+                raise engine.scheduler.stalled()
+            rejected = next((o.detail for o in outputs if o.detail), rejected)
     if not steps:
         raise InputError(f"requests of {prompt + output} tokens cannot run under these budgets: {rejected}")
     found: dict[int, list[float]] = {}
-    for size, seconds in steps[2:] or steps:
+    for size, seconds in steps:
         found.setdefault(size, []).append(seconds)
-    return found
+    enough = {size: seconds for size, seconds in found.items() if len(seconds) >= _SCHEDULE_STEPS}
+    return enough or found
