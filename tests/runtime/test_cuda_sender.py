@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the engine needs torch")
+pytest.importorskip("torch", reason="the engine needs torch")
+
+import torch
 
 from neo.runtime.cuda_sender import Sender
 

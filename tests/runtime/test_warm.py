@@ -91,7 +91,7 @@ def test_relayed_steps_fit_host_memory_and_are_bounded(cpu: int) -> None:
 
 @pytest.mark.parametrize("policy", ["gpu-only", "neo"])
 def test_tables_stay_where_graphs_of_the_first_steps_know_them(policy: str) -> None:
-    """Slots of made-up requests are there again for the next step's: tables that grew would void all graphs."""
+    """Slots of made-up requests are there again for the next step's: growing would void all graphs."""
     model = tiny_model()
     limits = {"max_seqs": 96, "max_batch_tokens": 128, "relay_rows": 32}
     engine = make_engine(model, load_policy(policy, {}), gpu=120, cpu=120, limits=limits)
