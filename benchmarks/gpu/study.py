@@ -27,6 +27,7 @@ from prefill import matmul_rate
 
 from neo.cli.bench import Measured, MeasuredRun, TokenIds
 from neo.cli.runner import Output, Runner
+from neo.core.errors import InputError
 from neo.core.specs import ModelSpec
 from neo.core.view import Limits
 from neo.runtime.engine_config import EngineConfig
@@ -39,6 +40,7 @@ from neo.workload.base import Workload
 from neo.workload.synthetic import synthetic
 
 PROMPT = 1000
+BLOCK = 16  # tokens
 # KV tokens of the GPU, output tokens: requests, for some ten seconds of gpu-only on an H200 with an 8B model
 POINTS = {
     (3200, 50): 90, (3200, 200): 30, (3200, 400): 16,
@@ -68,10 +70,20 @@ class Point(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Point:
-        """``tokens/output/requests`` with ``@rate`` behind it or not."""
-        counts, _, rate = text.partition("@")
-        tokens, output, requests = map(int, counts.split("/"))
-        return cls(tokens, output, requests, float(rate or 0))
+        """``tokens/output/requests`` with ``@rate`` behind it or not; what cannot be run is an error now."""
+        try:
+            counts, _, rate = text.partition("@")
+            tokens, output, requests = map(int, counts.split("/"))
+            point = cls(tokens, output, requests, float(rate or 0))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected KV/output/requests[@rate]") from None
+        try:
+            point.workload()
+        except InputError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+        if tokens < BLOCK:
+            raise argparse.ArgumentTypeError(f"{text!r}: {tokens} KV tokens, less than a block of {BLOCK}")
+        return point
 
     def workload(self) -> Workload:
         """Its requests, lengths within 10 %."""
@@ -117,6 +129,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    names = [point.name for point in points_of(args)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        parser.error(f"points would write to the same folders: {', '.join(sorted(twice))}")
     began = time.perf_counter()
     options: dict[str, dict[str, str]] = {p: {} for p in args.policies}
     for given in args.policy_opt:
@@ -162,8 +177,8 @@ def main() -> None:
             system = parts.system(
                 policy=policy,
                 policy_options=options[policy],
-                kv_gpu_blocks=point.tokens // 16,
-                kv_cpu_blocks=0 if policy == "gpu-only" else args.host_tokens // 16,
+                kv_gpu_blocks=point.tokens // BLOCK,
+                kv_cpu_blocks=0 if policy == "gpu-only" else args.host_tokens // BLOCK,
             )
             where = args.out / f"{point.name}-{policy}"
             result = Runner(

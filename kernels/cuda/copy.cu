@@ -93,6 +93,7 @@ struct Runs {
                 cudaMemcpyBatchAsync(to.data(), from.data(), bytes.data(), bytes.size(), &how, &first, 1, stream);
             if (status != cudaErrorNotSupported && status != cudaErrorCallRequiresNewerDriver)
                 return status;
+            cudaGetLastError(); // or the next launch, ours or torch's, would take it for its own
         }
 #endif
         return one_by_one(stream);

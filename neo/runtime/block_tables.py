@@ -197,7 +197,7 @@ class BlockTables:
         self._slots: dict[str, int] = {}
         self._lanes: dict[str, int] = {}
         self._free_slots = list(range(slots))[::-1]
-        self._resting: list[int] = []  # slots given up: CPU attention of a step that runs may read their rows
+        self._resting: list[int] = []  # given up, with rows that CPU attention of a running step may read
         self._leaving: list[tuple[TierBlocks, Ints]] = []  # freed when the step has run
         self._behind: list[tuple[int, slice]] = []  # (slot, layers) whose GPU rows go when the step has run
 
@@ -340,11 +340,16 @@ class BlockTables:
         self._behind.clear()
 
     def release(self, request_id: str) -> None:
-        """Free all that a request holds; nothing happens if it holds nothing."""
+        """Free all that a request holds; nothing happens if it holds nothing.
+
+        The host reads its tables where they are: a slot with rows there is nobody's until ``commit``. The
+        device has a copy, brought up to date behind the step that runs.
+        """
         slot = self._slots.pop(request_id, None)
         if slot is None:
             return
         self._lanes.pop(request_id, None)
+        rests = bool(self.cpu.held[:, slot].any())
         self.gpu.drop(slot)
         self.cpu.drop(slot)
-        self._resting.append(slot)
+        (self._resting if rests else self._free_slots).append(slot)

@@ -249,10 +249,11 @@ class Bench:
         self._sampler.sample(logits, [self._known[r].state for r in requests])
 
     def release(self, members: Sequence[Request]) -> None:
-        """Forget requests, and free what they hold."""
+        """Forget requests, and free what they hold. No step runs: their slots need not rest."""
         for request in members:
             self.executor.tables.release(request.id)
             del self._known[request.id]
+        self.executor.tables.commit()
 
     def blocks(self, kv_tokens: int) -> int:
         """Blocks of a sequence of that length."""

@@ -32,7 +32,7 @@ def prepare_engine(engine: Engine, model: ModelSpec) -> None:
     relayed = _relayed_shapes(view, sizes) if getattr(engine.scheduler.policy, "relays", False) else []
     # Graphs know where tables are: they should not have to grow when requests come.
     slots = limits.max_seqs + (2 * relayed[0][0] + 1 if relayed else 0)
-    slots += slots // 8 + 16  # of requests that have just ended
+    slots += slots // 8 + 16  # of requests on the host that have just ended
     most = max([view.pools[tier].tokens for tier in Tier])
     width = blocks_for(min(engine.options.max_model_len, most), limits.block_size)
     widest = _TABLE_BYTES // (4 * model.layers * max(slots, 1))

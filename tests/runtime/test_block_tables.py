@@ -230,6 +230,25 @@ def test_staged_blocks_are_free_when_the_step_is_over() -> None:
     assert tables.gpu.free == 10
 
 
+@pytest.mark.parametrize(("tier", "rests"), [(Tier.CPU, True), (Tier.GPU, False)])
+def test_a_slot_whose_rows_the_host_may_be_reading_is_nobodys_until_the_commit(
+    tier: Tier, rests: bool
+) -> None:
+    tables = BlockTables(2, 4, 10, 10, slots=3)
+    first, second, third = (Request(name, 4, 4) for name in "abc")
+    tables.reserve(first, tier)
+    slot = tables.slot("a")
+    row = tables.cpu.tables[:, slot].copy()
+    tables.release("a")
+    tables.reserve(second, Tier.CPU)
+    assert (tables.slot("b") != slot) == rests
+    if rests:
+        np.testing.assert_array_equal(tables.cpu.tables[:, slot], row)
+        tables.commit()
+        tables.reserve(third, Tier.CPU)
+        assert tables.slot("c") == slot
+
+
 def test_slots_are_as_many_as_there_are_requests() -> None:
     tables = BlockTables(2, 4, 200, 0, slots=2)
     requests = [Request(f"r{i}", 4 + 40 * (i == 3), 4) for i in range(9)]

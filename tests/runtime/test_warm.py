@@ -89,6 +89,21 @@ def test_relayed_steps_fit_host_memory_and_are_bounded(cpu: int) -> None:
     assert len(executor.ran) <= 2 + 96 + len(rows)
 
 
+@pytest.mark.parametrize("policy", ["gpu-only", "neo"])
+def test_tables_stay_where_graphs_of_the_first_steps_know_them(policy: str) -> None:
+    """Slots of made-up requests are there again for the next step's: growing would void all graphs."""
+    model = tiny_model()
+    limits = {"max_seqs": 96, "max_batch_tokens": 128, "relay_rows": 32}
+    engine = make_engine(model, load_policy(policy, {}), gpu=120, cpu=120, limits=limits)
+    executor: Any = watch(engine)
+    executor.sizes = (1, 48, 72, 96)
+    shapes: set[tuple[int, ...]] = set()
+    executor.before = lambda plan: shapes.add(engine.executor.tables.gpu.tables.shape)
+    prepare_engine(engine, model.config.spec())
+    assert len(executor.ran) > 4
+    assert len(shapes) == 1
+
+
 def test_an_executor_that_prepares_nothing_runs_nothing() -> None:
     model = tiny_model()
     engine = make_engine(model, load_policy("gpu-only", {}))
