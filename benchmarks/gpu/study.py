@@ -35,6 +35,7 @@ from neo.runtime.machine import read_bandwidth, usable_cores
 from neo.runtime.prompts import random_prompts
 from neo.runtime.replay import ReplayOptions
 from neo.runtime.setup import EngineParts
+from neo.system.config import System
 from neo.workload.arrivals import apply_arrivals
 from neo.workload.base import Workload
 from neo.workload.synthetic import synthetic
@@ -104,7 +105,8 @@ def points_of(args: argparse.Namespace) -> list[Point]:
     return [Point(t, o, max(8, round(args.share * n)), 0.0) for t, o, n in chosen]
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """What was asked for, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -132,13 +134,22 @@ def main() -> None:
     names = [point.name for point in points_of(args)]
     if twice := {name for name in names if names.count(name) > 1}:
         parser.error(f"points would write to the same folders: {', '.join(sorted(twice))}")
-    began = time.perf_counter()
-    options: dict[str, dict[str, str]] = {p: {} for p in args.policies}
+    return args
+
+
+def options_of(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Every policy's options, by its name."""
+    found: dict[str, dict[str, str]] = {policy: {} for policy in args.policies}
     for given in args.policy_opt:
         name, _, value = given.partition("=")
         policy, _, key = name.partition(".")
-        options[policy][key] = value
-    parts = EngineParts(
+        found[policy][key] = value
+    return found
+
+
+def loaded(args: argparse.Namespace) -> EngineParts:
+    """The model, for all runs."""
+    return EngineParts(
         EngineConfig(
             args.model,
             load_format="dummy",
@@ -151,26 +162,49 @@ def main() -> None:
             ahead=True,
         )
     )
+
+
+def run(parts: EngineParts, system: System, point: Point, where: Path) -> dict[str, Any]:
+    """What comes of a policy at a point; its run log and results go to a folder."""
+    workload = point.workload()
+    prompts = random_prompts(workload, parts.spec.vocab, 0)
+    how = Measured(parts, prompts, TokenIds.random, ReplayOptions(0.0, None), True, timeline=0, bubbles=False)
+    output = Output(where, False, None, 0.0, tuple(sys.argv))
+    result = Runner(MeasuredRun(system, workload, 0, how), output).run(show_progress=False)
+    gc.collect()
+    if parts.device.kind == "cuda":
+        torch.cuda.empty_cache()
+    metrics = result.summary["metrics"]
+    return {
+        "request_throughput": metrics["request_throughput"],
+        "tpot_s": metrics["tpot_s"]["mean"],
+        "per_token_s": metrics["latency_per_output_token_s"]["mean"],
+        "ttft_s": metrics["ttft_s"]["mean"],
+        "steps": metrics["steps"],
+        "pipelined": metrics["steps_pipelined"],
+        "relayed": metrics["steps_relayed"],
+        "preemptions": metrics["preemptions"],
+        "bytes_d2h": metrics["bytes_d2h"],
+    }
+
+
+def main() -> None:
+    args = arguments()
+    began = time.perf_counter()
+    options = options_of(args)
+    parts = loaded(args)
     on_gpu = parts.device.kind == "cuda"
     products = matmul_rate(parts.device.torch, 8192) if on_gpu else parts.hardware.gpu_flops
     threads = usable_cores() - 1
     read = read_bandwidth(threads) or parts.hardware.cpu_bandwidth
     print(f"{products / 1e12:.0f} TFLOP/s, {read / 1e9:.0f} GB/s by {threads} threads", flush=True)
+    about = {"model": args.model, "products": products, "host_read": read, "batch_tokens": args.batch_tokens}
+    args.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for point in points_of(args):
         if time.perf_counter() - began > args.stop_after:
             print("out of time", file=sys.stderr)
             break
-        workload = point.workload()
-        how = Measured(
-            parts,
-            random_prompts(workload, parts.spec.vocab, 0),
-            TokenIds.random,
-            ReplayOptions(0.0, None),
-            warmup=True,
-            timeline=0,
-            bubbles=False,
-        )
         row: dict[str, Any] = {"kv_tokens": point.tokens, "output": point.output, "requests": point.requests}
         row |= {"rate": point.rate} if point.rate else {}
         for policy in args.policies:
@@ -180,34 +214,13 @@ def main() -> None:
                 kv_gpu_blocks=point.tokens // BLOCK,
                 kv_cpu_blocks=0 if policy == "gpu-only" else args.host_tokens // BLOCK,
             )
-            where = args.out / f"{point.name}-{policy}"
-            result = Runner(
-                MeasuredRun(system, workload, 0, how),
-                Output(where, False, None, 0.0, tuple(sys.argv)),
-            ).run(show_progress=False)
-            metrics = result.summary["metrics"]
-            row[policy] = {
-                "request_throughput": metrics["request_throughput"],
-                "tpot_s": metrics["tpot_s"]["mean"],
-                "per_token_s": metrics["latency_per_output_token_s"]["mean"],
-                "ttft_s": metrics["ttft_s"]["mean"],
-                "steps": metrics["steps"],
-                "pipelined": metrics["steps_pipelined"],
-                "relayed": metrics["steps_relayed"],
-                "preemptions": metrics["preemptions"],
-                "bytes_d2h": metrics["bytes_d2h"],
-            }
-            gc.collect()
-            if on_gpu:
-                torch.cuda.empty_cache()
+            row[policy] = run(parts, system, point, args.out / f"{point.name}-{policy}")
         if "gpu-only" in row and not point.rate:
             base = row["gpu-only"]["request_throughput"]
             row["bound"] = best_gain(parts.spec, point.output, base, products, read)
         rows.append(row)
         print(line(row), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    about = {"model": args.model, "products": products, "host_read": read, "batch_tokens": args.batch_tokens}
-    (args.out / "study.json").write_text(json.dumps({**about, "rows": rows}, indent=1))
+        (args.out / "study.json").write_text(json.dumps({**about, "rows": rows}, indent=1))
     print(f"{time.perf_counter() - began:.0f} s")
 
 
