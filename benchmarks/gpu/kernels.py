@@ -45,18 +45,20 @@ def graph_of(work: Callable[[], None], times: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def seconds_of(work: Callable[[], None], times: int = 8, replays: int = 9) -> float:
-    """Median seconds of one run of `work`, from replays of a graph of several."""
-    graph = graph_of(work, times)
-    graph.replay()
+def seconds_of(work: Callable[[], None], times: int = 8, replays: int = 9, captured: bool = True) -> float:
+    """Median seconds of one run of `work`, from replays of a graph of several or, not captured, of them all."""
+    run = graph_of(work, times).replay if captured else lambda: [work() for _ in range(times)]
+    torch.cuda.synchronize()
     found = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / times)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            found.append(start.elapsed_time(end) / 1e3 / times)
     return statistics.median(found)
 
 
@@ -228,8 +230,9 @@ def copies(blocks: int = 4096, elements: int = 32768) -> list[dict[str, Any]]:
             out()
             torch.cuda.current_stream().wait_stream(side)
 
-        rates = [size / seconds_of(w, times=1, replays=5) for w in (out, back)]
-        together = 2 * size / seconds_of(both, times=1, replays=5)
+        captured = "engines" not in way
+        rates = [size / seconds_of(w, 1, 5, captured) for w in (out, back)]
+        together = 2 * size / seconds_of(both, 1, 5, captured)
         found.append({"way": name, "to_host": rates[0], "to_device": rates[1], "both": together})
         print(
             f"  {name:20s} to host {rates[0] / GB:5.1f}  to device {rates[1] / GB:5.1f}"

@@ -347,7 +347,7 @@ typedef struct neo_cuda_copy {
 /* One kernel; lists and *count_at are read when it runs. */
 neo_cuda_status neo_cuda_copy_blocks(const neo_cuda_copy *args, void *stream);
 /* The copy engines: a copy for each run of neighbours, all in one call where the driver has one; lists are read now, and
- * count_at must be NULL. Multiprocessors are left alone. */
+ * count_at must be NULL. Multiprocessors are left alone. Alone of all functions it cannot be captured. */
 neo_cuda_status neo_cuda_copy_runs(const neo_cuda_copy *args, void *stream);
 
 /* ---- hand-over ---- */
