@@ -46,7 +46,7 @@ def graph_of(work: Callable[[], None], times: int) -> torch.cuda.CUDAGraph:
 
 
 def seconds_of(work: Callable[[], None], times: int = 8, replays: int = 9, captured: bool = True) -> float:
-    """Median seconds of one run of `work`, from replays of a graph of several or, not captured, of them all."""
+    """Median seconds of one run of `work`, from replays of a graph of several or of several runs."""
     run = graph_of(work, times).replay if captured else lambda: [work() for _ in range(times)]
     torch.cuda.synchronize()
     found = []
