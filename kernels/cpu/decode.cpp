@@ -47,7 +47,7 @@ struct Decode {
     const neo_cpu_decode *args = nullptr;
     int32_t group = 0;         // query heads per KV head
     int32_t segment = 0;       // tokens
-    bool whole = false;        // fetch all ahead, not only starts
+    bool whole = false;        // ask for all of K and V ahead, not only for starts
     int32_t head_cuts = 1;     // tasks per piece
     int32_t heads_per_cut = 1; // KV heads
     int64_t count = 0;         // pieces

@@ -31,7 +31,7 @@ struct NeoPiece {
     NEO_INT32 head_dim;                  /* a multiple of 16 */
     NEO_INT32 kv_heads;
     NEO_INT32 group;                     /* query heads per KV head */
-    NEO_INT32 whole;                     /* ask for all of the next head's K and V ahead, not only for starts */
+    NEO_INT32 whole;                     /* ask for all of K and V ahead, into both levels of cache, not only for starts */
 };
 
 #define NEO_MAX_SEGMENT 128
