@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -102,6 +102,10 @@ class RunRecord:
                 column.extend(values)
             self._kept, self._rows = self._kept + len(self._rows), []
         return self._columns
+
+    def gaps(self) -> tuple[Sequence[float], Sequence[int]]:
+        """``itl_values`` and ``itl_counts``, without a value that a signal has kept from being counted."""
+        return self.itl_values[: len(self.itl_counts)], self.itl_counts
 
     def add_row(self, row: StepRow) -> None:
         """Append a step row. Rows are kept as tuples for a while: one append is cheaper than fifteen."""

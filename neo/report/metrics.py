@@ -112,8 +112,8 @@ def _summarize(values: Floats) -> dict[str, float | None]:
 
 def _summarize_itl(record: RunRecord) -> dict[str, float | None]:
     """Statistics of the gaps between tokens, each weighted by how many requests saw it."""
-    values = np.array(record.itl_values, dtype=np.float64)
-    counts = np.array(record.itl_counts, dtype=np.int64)
+    gaps, seen_by = record.gaps()
+    values, counts = np.array(gaps, dtype=np.float64), np.array(seen_by, dtype=np.int64)
     total = int(counts.sum())
     if total == 0:
         return _statistics(None, [None] * len(PERCENTILES))
