@@ -7,11 +7,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from neo.runtime.server.generation import Generation, Piece, Wanted, collected
+import msgspec
+
+from neo.runtime.server.generation import Generation, Piece, Run, Wanted, collected
 from neo.runtime.server.messages import Logprobs
 from neo.runtime.server.schemas import ChatRequest, CompletionRequest
 from neo.runtime.server.text import TextSide
 
+encode = msgspec.json.Encoder().encode
+
+_PLACE = b"\0"  # of a text in an event: JSON has no such byte
 _LEAST_LOGPROB = -9999.0  # what stands for -inf, which JSON does not have; as other servers give it
 
 Json = dict[str, Any]
@@ -34,8 +39,32 @@ class Answers:
         self._common = {"id": wanted.id, "created": int(time.time()), "model": model}
         self._shown = [0] * (len(wanted.prompts) * wanted.n)  # characters so far, by choice
         self._begun: set[int] = set()
+        self._around: dict[int, tuple[bytes, bytes]] = {}  # the text of a choice's events
 
     # -- streams ------------------------------------------------------------------------------------------
+
+    def events(self, parts: Sequence[Piece | Run], generation: Generation) -> bytes:
+        """The events of a stream, one for each token."""
+        found = []
+        for part in parts:
+            if isinstance(part, Piece):
+                found.append(event(self.chunk(part, generation)))
+            elif self.usage_always or part.choice not in self._begun:
+                found += [event(self.chunk(piece, generation)) for piece in part.pieces()]
+            else:
+                found.append(self._run(part, generation))
+        return b"".join(found)
+
+    def _run(self, run: Run, generation: Generation) -> bytes:
+        """The events of a run. They differ in their text alone: what is around it is encoded once."""
+        around = self._around.get(run.choice)
+        if around is None:
+            place: Any = msgspec.Raw(_PLACE)
+            whole = event(self.chunk(Piece(run.choice, None, place, 0), generation))
+            before, _, behind = whole.partition(_PLACE)
+            around = self._around[run.choice] = (before, behind)
+        before, behind = around
+        return before + (behind + before).join(map(encode, run.texts)) + behind
 
     def chunk(self, piece: Piece, generation: Generation) -> Json:
         """The chunk of one piece."""
@@ -163,6 +192,11 @@ class ChatAnswers(Answers):
     def _token(self, token: int, logprob: float) -> Json:
         text = self.text.token(token)
         return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def event(data: Any) -> bytes:
+    """``data`` as an event of a stream."""
+    return b"data: " + encode(data) + b"\n\n"
 
 
 def _usage(prompt: int, output: int) -> Json:

@@ -1,7 +1,7 @@
 """The HTTP process's side of the engine: sends requests, shares out what steps bring.
 
-Everything here runs on the event loop's thread. ``Bridge.update`` is called once a step and does per token no
-more than an append and, where somebody waits, a wake-up.
+Everything here runs on the event loop's thread. A message of several steps is taken apart by request, not by
+token: each request's tokens go on as one item.
 """
 
 from __future__ import annotations
@@ -42,31 +42,33 @@ _MOST_RETRY_S = 60
 
 
 class Item(NamedTuple):
-    """One thing that happened to a choice of an HTTP request: a token, or an Event with more."""
+    """One thing that happened to a choice of an HTTP request: tokens, or an Event with more."""
 
     choice: int
-    what: int | Event
+    what: tuple[int, ...] | Event
 
 
 class Inbox:
     """What the engine said of one HTTP request and nobody has taken yet. Bounded: see ``most``.
 
     Args:
-        most: items that may wait. Beyond, ``overflowed`` is set and nothing more is taken.
+        most: tokens and events that may wait. Beyond, ``overflowed`` is set and nothing more is taken.
     """
 
     def __init__(self, most: int) -> None:
-        self._items: deque[Item] = deque()
+        self._items: list[Item] = []
+        self._held = 0  # tokens and events in them
         self._waiter: asyncio.Future[None] | None = None
         self._most = most
         self.error: ApiError | None = None
         self.overflowed = False
 
-    def put(self, item: Item) -> bool:
-        """Append; False if there is no room."""
-        if len(self._items) >= self._most:
+    def put(self, item: Item, size: int = 1) -> bool:
+        """Append an item of ``size`` tokens or events; False if there is no room."""
+        if self._held + size > self._most:
             self.overflowed = True
             return False
+        self._held += size
         self._items.append(item)
         self._wake()
         return True
@@ -91,8 +93,7 @@ class Inbox:
                 await self._waiter
             finally:
                 self._waiter = None
-        items = list(self._items)
-        self._items.clear()
+        items, self._items, self._held = self._items, [], 0
         return items
 
 
@@ -124,8 +125,8 @@ class Observer:
     def update(self, update: Update) -> None:
         """A message of the engine."""
 
-    def token(self, live: Live, now: float) -> None:
-        """A token came; ``live`` shows the state before it."""
+    def tokens(self, lives: Sequence[Live], ends: Sequence[float]) -> None:
+        """Each of ``lives`` got a token at each of these times; they show the state before the first."""
 
     def queued(self, seconds: float) -> None:
         """A request was scheduled for the first time after that long."""
@@ -320,23 +321,24 @@ class Bridge(asyncio.Protocol):
     def _update(self, update: Update) -> None:
         now = time.perf_counter()
         self.last = update
-        for tokens, ended in zip(update.tokens, ends_of(update, self._heard_s, now), strict=True):
-            self._tokens(update.keys, tokens, ended)
+        if update.tokens:
+            self._tokens(update.keys, update.tokens, ends_of(update, self._heard_s, now))
         self._heard_s = now
         for event in update.events:
             self._event(event, now)
         self.observer.update(update)
 
-    def _tokens(self, keys: list[int], tokens: list[int], now: float) -> None:
-        live_of, token_came = self._live, self.observer.token
-        for key, token in zip(keys, tokens, strict=True):
-            live = live_of.get(key)
-            if live is None:
-                continue  # aborted while this was on its way
-            token_came(live, now)
-            live.tokens += 1
-            live.last_s = now
-            if not live.inbox.put(Item(live.index, token)):
+    def _tokens(self, keys: list[int], steps: list[list[int]], ends: list[float]) -> None:
+        live_of, count = self._live, len(steps)
+        found = [
+            (live_of.get(key), tokens) for key, tokens in zip(keys, zip(*steps, strict=True), strict=True)
+        ]
+        came = [(live, tokens) for live, tokens in found if live is not None]  # others: aborted meanwhile
+        self.observer.tokens([live for live, _ in came], ends)
+        for live, tokens in came:
+            live.tokens += count
+            live.last_s = ends[-1]
+            if not live.inbox.put(Item(live.index, tokens), count):
                 self._overflow(live.inbox)
 
     def _event(self, event: Event, now: float) -> None:
@@ -346,7 +348,7 @@ class Bridge(asyncio.Protocol):
         if event.queued_s is not None:
             self.observer.queued(event.queued_s)
         if event.token is not None:
-            self.observer.token(live, now)
+            self.observer.tokens((live,), (now,))
             live.tokens += 1
             live.last_s = now
         if event.reason is not None:

@@ -27,15 +27,24 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """What ``token`` adds; empty while a character is not whole, or is U+FFFD, which looks like that."""
-        self._pending.append(token)
-        try:
-            text = self._stream.step(self._tokenizer, token)
-        except Exception:  # the library has one error: the text so far is no beginning of the text now
-            text = self._restart()
-        if text is None:
-            return self._settled() if len(self._pending) > _MOST_PENDING else ""
-        self._before, self._pending = self._pending, []
-        return str(text)
+        return self.push_all((token,))[0]
+
+    def push_all(self, tokens: Sequence[int]) -> list[str]:
+        """What each of some tokens adds."""
+        tokenizer = self._tokenizer
+        found: list[str] = []
+        for token in tokens:
+            self._pending.append(token)
+            try:
+                text = self._stream.step(tokenizer, token)
+            except Exception:  # the library has one error: the text so far is no beginning of the text now
+                text = self._restart()
+            if text is None:
+                found.append(self._settled() if len(self._pending) > _MOST_PENDING else "")
+            else:
+                self._before, self._pending = self._pending, []
+                found.append(text)
+        return found
 
     def flush(self) -> str:
         """What was held back, at the end: nothing comes that could make whole characters of it."""

@@ -1,14 +1,15 @@
 """One HTTP request's generation: from engine messages to pieces of text, for every choice.
 
-A ``Generation`` is read as batches of ``Piece``; each token gives exactly one, also where it adds no
-text yet. Stop strings are met here: the engine is told, and what lies behind them is never shown.
+A ``Generation`` is read as batches of ``Piece`` and ``Run``; each token gives one piece, or one text of a
+run, also where it adds no text yet. Stop strings are met here: the engine is told, and what lies behind them
+is never shown.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,6 +33,21 @@ class Piece(NamedTuple):
     logprobs: Logprobs | None = None
     finish_reason: str | None = None  # "stop" or "length"
     stop_reason: str | int | None = None  # the stop string or stop token
+
+
+class Run(NamedTuple):
+    """Tokens that brought a choice text and nothing else: what most are, kept apart for they are many."""
+
+    choice: int
+    ids: tuple[int, ...]
+    texts: list[str]  # of each
+    tokens: int  # of the choice so far, with these
+
+    def pieces(self) -> list[Piece]:
+        """The same as pieces."""
+        before = self.tokens - len(self.ids)
+        pairs = zip(self.ids, self.texts, strict=True)
+        return [Piece(self.choice, t, text, before + i) for i, (t, text) in enumerate(pairs, 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +143,10 @@ class Generation:
         """That a choice has generated."""
         return self._choices[index].tokens
 
-    async def batches(self) -> AsyncIterator[list[Piece]]:
-        """Pieces as they come, until every choice has ended. ApiError where the request fails."""
+    async def batches(self) -> AsyncIterator[list[Piece | Run]]:
+        """What comes as it comes, until every choice has ended. ApiError where the request fails."""
         while self._open:
-            yield [self._piece(item) for item in await self._inbox.take() if self._expected(item)]
+            yield [part for item in await self._inbox.take() for part in self._parts(item)]
 
     def disconnect(self) -> None:
         """The client is gone: free everything now, and let the reader know."""
@@ -159,16 +175,23 @@ class Generation:
             ApiError(TIMED_OUT, f"the request has not ended after {seconds:g} s", "timeout_error")
         )
 
-    def _expected(self, item: Item) -> bool:
-        """Whether an item belongs to a choice that goes on: behind a stop string nothing does."""
-        return not self._choices[item.choice].ended
-
-    def _piece(self, item: Item) -> Piece:
+    def _parts(self, item: Item) -> Iterator[Piece | Run]:
+        """What an item brought; behind a stop string nothing does."""
         if self.outcome.first_s is None:
             self.outcome.first_s = time.perf_counter() - self.arrival_s
-        if isinstance(item.what, Event):
-            return self._of_event(item.choice, item.what)
-        return self._of_token(item.choice, item.what, None, None)
+        index, what = item
+        choice = self._choices[index]
+        if isinstance(what, Event):
+            if not choice.ended:
+                yield self._of_event(index, what)
+        elif self.wanted.stops:
+            for token in what:
+                if not choice.ended:
+                    yield self._of_token(index, token, None, None)
+        elif not choice.ended:
+            choice.tokens += len(what)
+            self.outcome.output_tokens += len(what)
+            yield Run(index, what, choice.detokenizer.push_all(what), choice.tokens)
 
     def _of_event(self, index: int, event: Event) -> Piece:
         if event.reason is not None and event.reason not in (FinishReason.LENGTH, FinishReason.STOP):

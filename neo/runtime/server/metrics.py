@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client import Counter as Total
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from neo import __version__
 from neo.core.record import Mode
 from neo.cost.calibrated import PARTS
 from neo.runtime.server.bridge import Live, Observer
+from neo.runtime.server.counted import CountedHistogram
 from neo.runtime.server.messages import Ready, StepInfo, Update
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -63,14 +69,14 @@ class Metrics(Observer):
         )
         self._iteration = self._histogram("iteration_tokens_total", "Tokens computed in a step.", _ITERATION)
         self._success = self._labelled(
-            Counter, "request_success", "Requests that ended, by reason.", "finished_reason"
+            Total, "request_success", "Requests that ended, by reason.", "finished_reason"
         )
         self._ends = {r: self._success(r) for r in ("stop", "length", "abort")}
-        steps = self._labelled(Counter, "steps", "Steps by how they ran.", "mode")
+        steps = self._labelled(Total, "steps", "Steps by how they ran.", "mode")
         self._steps = {mode: steps(mode.name.lower().replace("_", "-")) for mode in Mode}
-        decoded = self._labelled(Counter, "decode_tokens", "Decode tokens by where attention was.", "tier")
+        decoded = self._labelled(Total, "decode_tokens", "Decode tokens by where attention was.", "tier")
         self._decoded = (decoded("gpu"), decoded("cpu"), decoded("streamed"))
-        moved = self._labelled(Counter, "bytes_moved", "KV and activations moved over the link.", "direction")
+        moved = self._labelled(Total, "bytes_moved", "KV and activations moved over the link.", "direction")
         self._moved = (moved("h2d"), moved("d2h"))
         self._measured = self._histogram("step_time_seconds", "Measured time of a step.", _STEP)
         self._predicted = self._histogram(
@@ -85,19 +91,20 @@ class Metrics(Observer):
         self._corrections = {part: correction(part) for part in PARTS}
         for gauge in self._corrections.values():
             gauge.set(1.0)
-        self._http = self._labelled(Counter, "http_requests", "HTTP answers by status.", "status")
-        self._statuses: dict[int, Counter] = {}
+        self._http = self._labelled(Total, "http_requests", "HTTP answers by status.", "status")
+        self._statuses: dict[int, Total] = {}
         self._ready: Ready | None = None
 
     def _gauge(self, name: str, help: str) -> Gauge:
         return Gauge(f"neo:{name}", help, ["model_name"], registry=self.registry).labels(self._model)
 
-    def _counter(self, name: str, help: str) -> Counter:
-        return Counter(f"neo:{name}", help, ["model_name"], registry=self.registry).labels(self._model)
+    def _counter(self, name: str, help: str) -> Total:
+        return Total(f"neo:{name}", help, ["model_name"], registry=self.registry).labels(self._model)
 
-    def _histogram(self, name: str, help: str, bounds: tuple[float, ...]) -> Histogram:
-        found = Histogram(f"neo:{name}", help, ["model_name"], buckets=bounds, registry=self.registry)
-        return found.labels(self._model)
+    def _histogram(self, name: str, help: str, bounds: tuple[float, ...]) -> CountedHistogram:
+        found = CountedHistogram(f"neo:{name}", help, {"model_name": self._model}, bounds)
+        self.registry.register(found)
+        return found
 
     def _labelled(self, kind: type, name: str, help: str, label: str):  # type: ignore[no-untyped-def]
         """A metric with a further label; called with its value, it gives the child."""
@@ -129,10 +136,9 @@ class Metrics(Observer):
         decodes = (step.gpu_decodes, step.cpu_decodes, step.stream_decodes)
         for seconds in step.seconds:
             self._measured.observe(seconds)
-            self._iteration.observe(step.prefill_tokens + sum(decodes))
+        self._iteration.observe(step.prefill_tokens + sum(decodes), steps)
         for seconds, count in step.predicted_s:
-            for _ in range(count):
-                self._predicted.observe(seconds)
+            self._predicted.observe(seconds, count)
         for counter, amount in (
             *zip(self._decoded, [steps * n for n in decodes], strict=True),
             *zip(self._moved, (step.bytes_h2d, step.bytes_d2h), strict=True),
@@ -141,14 +147,17 @@ class Metrics(Observer):
             if amount:
                 counter.inc(amount)
 
-    def token(self, live: Live, now: float) -> None:
-        """A token came."""
-        self._generated.inc()
-        if live.tokens:
-            self._itl.observe(now - live.last_s)
-        else:
-            self._ttft.observe(now - live.arrival_s)
-            self._prompt.inc(live.prompt_tokens)
+    def tokens(self, lives: Sequence[Live], ends: Sequence[float]) -> None:
+        """Tokens came."""
+        self._generated.inc(len(lives) * len(ends))
+        for last_s, count in Counter(live.last_s for live in lives if live.tokens).items():
+            self._itl.observe(ends[0] - last_s, count)
+        for before, end in pairwise(ends):
+            self._itl.observe(end - before, len(lives))
+        for live in lives:
+            if not live.tokens:
+                self._ttft.observe(ends[0] - live.arrival_s)
+                self._prompt.inc(live.prompt_tokens)
 
     def queued(self, seconds: float) -> None:
         """A request was scheduled."""

@@ -7,15 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from neo.runtime.server.answers import Answers
+from neo.runtime.server.answers import Answers, encode, event
 from neo.runtime.server.errors import ApiError
-from neo.runtime.server.generation import Generation, Piece
+from neo.runtime.server.generation import Generation, Piece, Run
 
-_encode = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -31,7 +29,7 @@ class JsonResponse(Response):
 
     def render(self, content: Any) -> bytes:
         """The body."""
-        return _encode(content)
+        return encode(content)
 
 
 def error_response(error: ApiError) -> JsonResponse:
@@ -87,8 +85,8 @@ class GenerationResponse(Response):
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         pieces: list[list[Piece]] = [[] for _ in range(self.generation.choices)]
         async for batch in self.generation.batches():
-            for piece in batch:
-                pieces[piece.choice].append(piece)
+            for part in batch:
+                pieces[part.choice] += part.pieces() if isinstance(part, Run) else [part]
         await JsonResponse(self.answers.whole(pieces, self.generation))(scope, receive, send)
 
     async def _stream(self, send: Send, note: dict[str, Any]) -> None:
@@ -99,19 +97,15 @@ class GenerationResponse(Response):
                 if not begun:
                     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
                     begun = True
-                await _send(send, b"".join([_event(answers.chunk(p, generation)) for p in batch]))
+                await _send(send, answers.events(batch, generation))
         except ApiError as error:
             if not begun:
                 raise
             note["error"] = error.message
-            await _send(send, _event(error.body()), more=False)
+            await _send(send, event(error.body()), more=False)
             return
         last = answers.last_chunk(generation)
-        await _send(send, (_event(last) if last is not None else b"") + _DONE, more=False)
-
-
-def _event(data: Any) -> bytes:
-    return b"data: " + _encode(data) + b"\n\n"
+        await _send(send, (event(last) if last is not None else b"") + _DONE, more=False)
 
 
 async def _send(send: Send, body: bytes, more: bool = True) -> None:
