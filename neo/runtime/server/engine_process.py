@@ -27,6 +27,7 @@ from neo.core.runlog import RunLog
 from neo.runtime.engine import Engine, Output
 from neo.runtime.engine_config import EngineConfig
 from neo.runtime.errors import EngineError
+from neo.runtime.heap import settled_heap
 from neo.runtime.server.channel import Channel
 from neo.runtime.server.launch import Built, Launch
 from neo.runtime.server.messages import (
@@ -219,6 +220,7 @@ def serve(launch: Launch, channel: Channel) -> int:
             channel.send(Failed(str(error), input_error=True))
             return EXIT_INPUT
         loop = EngineLoop(engine, system, channel, record, file)
+        stack.enter_context(settled_heap())
         channel.send(ready)
         try:
             loop.run()

@@ -14,6 +14,7 @@ import uvicorn
 from prometheus_client import disable_created_metrics
 
 from neo.core.errors import InputError
+from neo.runtime.heap import settled_heap
 from neo.runtime.server.app import Server, make_app
 from neo.runtime.server.bridge import Bridge
 from neo.runtime.server.errors import server_error
@@ -119,7 +120,9 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> int:
             Reader(text, ready, config.names),
             config.cors_origins,
         )
-        return await _Lifecycle(config, server, listener, ending).run()
+        lifecycle = _Lifecycle(config, server, listener, ending)
+        with settled_heap():
+            return await lifecycle.run()
     finally:
         await bridge.stop()
 
