@@ -26,7 +26,7 @@ _GRAIN = 8  # lengths are rounded to this many steps per doubling (9%), so that 
 _EXPECTED = 0.5  # load that is assumed before arrivals are seen, of the rate without the host
 _LASTING = 0.8  # arrivals that are believed to last, of that rate; an overload is taken to pass
 _BELIEVED = 0.95  # of a rate with the host, an estimate of what CPU and GPU do side by side
-_SPREAD = (
+SPREAD = (
     1.5  # requests on the host for one that runs in a step: lengths differ, and some are being prefilled
 )
 _PAUSE = 3.0  # mean gaps without an arrival after which a rate is no longer believed (chance: e^-3 = 5%)
@@ -58,6 +58,7 @@ class Steady(NamedTuple):
 
     Attributes:
         hosted: requests that the host serves.
+        served: of them, those that are relayed.
         rate: requests/s that end.
         in_work: requests that have been begun beyond those that the GPU holds, counted as if they were half
             done on average.
@@ -66,6 +67,7 @@ class Steady(NamedTuple):
     hosted: int
     rate: float
     in_work: float
+    served: int = 0
 
 
 class Choice(NamedTuple):
@@ -96,13 +98,11 @@ class Outlook(NamedTuple):
     def best(self, options: Iterable[Steady]) -> Choice:
         """The one with the least mean time in the system, and that."""
         best, least = 0, math.inf
-        for hosted, rate, in_work in options:
-            if hosted >= self.everyone:
-                break
-            if rate > self.arriving:
-                time = (self.everyone + self.resident + in_work) / (rate - self.arriving)
+        for option in options:
+            if option.hosted < self.everyone and option.rate > self.arriving:
+                time = (self.everyone + self.resident + option.in_work) / (option.rate - self.arriving)
                 if time < least:
-                    best, least = hosted, time
+                    best, least = option.hosted, time
         return Choice(best, least)
 
     def harmless(self, options: Sequence[Steady]) -> Steady:
@@ -119,8 +119,8 @@ class Outlook(NamedTuple):
 
     def on_host(self) -> int:
         """How many requests belong on the host where it serves them in two sub-batches."""
-        found = self.best([Steady(n, rate, _SPREAD * n) for n, rate in self.rates])
-        return int(found.hosted * _SPREAD)
+        found = self.best([Steady(n, rate, SPREAD * n) for n, rate in self.rates])
+        return int(found.hosted * SPREAD)
 
     def crowding(self, extra: int, in_work: int) -> float:
         """By which factor ``extra`` more requests in a step must raise its rate to shorten the mean time.
@@ -168,18 +168,18 @@ class HostTarget:
         run beside either kind of step as far as they are hidden, or beside one kind only if that is faster.
         """
         resident, prompts = load.resident, min(1.0, load.budget / load.prompt)
-        alone = [self._step(load, 0.0, count) for count in dict.fromkeys((0, hosted))]
+        alone = [self.step(load, 0.0, count) for count in dict.fromkeys((0, hosted))]
         best = 0.0
         for count in dict.fromkeys((0, hosted)):
-            _, extra = self._step(load, prompts, count)
+            _, extra = self.step(load, prompts, count)
             together = min(load.budget / load.prompt, max(prompts, (resident + extra) / load.output))
-            seconds, extra = self._step(load, together, count)
+            seconds, extra = self.step(load, together, count)
             left = max(0.0, together * load.output - resident - extra)  # tokens, by steps without prefill
             for seconds_alone, extra_alone in alone:
                 best = max(best, together / (seconds + left / (resident + extra_alone) * seconds_alone))
         return best
 
-    def _step(self, load: Load, prompts: float, hosted: int) -> tuple[float, int]:
+    def step(self, load: Load, prompts: float, hosted: int) -> tuple[float, int]:
         """How long a step with that many prompts takes, and how many CPU decodes run hidden in it."""
         times, resident = self.times, load.resident
         prefill = round(prompts * load.prompt)

@@ -19,14 +19,23 @@ def choose(draft: Draft) -> StepPlan:
     rate, alone = rates(draft)
     if alone * _crowding(draft) >= rate and not draft.forced:
         return _plan(draft, (gpu_only,), f"gpu-only: {alone:.0f} >= {rate:.0f} pipelined")
-    batches: tuple[SubBatch, ...] = (SubBatch(chunks, decodes, tuple(first)),)
+    return pipelined(draft, f"pipelined: {rate:.0f} > {alone:.0f} gpu-only")
+
+
+def pipelined(draft: Draft, why: str) -> StepPlan:
+    """The step with the draft's CPU decodes."""
+    first, second = draft.cpu_decodes
+    batches: tuple[SubBatch, ...] = (SubBatch(tuple(draft.chunks), draft.gpu_decodes, tuple(first)),)
     if second:
         batches += (SubBatch(cpu_decode=tuple(second)),)
-    return _plan(draft, batches, f"pipelined: {rate:.0f} > {alone:.0f} gpu-only")
+    return _plan(draft, batches, why)
 
 
-def rates(draft: Draft) -> tuple[float, float]:
-    """Estimated worth per second with the CPU decodes, and without them; see ``NeoOptions.worth``."""
+def rates(draft: Draft, relayed: float = 0.0) -> tuple[float, float]:
+    """Estimated worth per second with the CPU decodes, and without them; see ``NeoOptions.worth``.
+
+    ``relayed``: tokens that relayed decodes bring without them.
+    """
     times, (first, second) = draft.times, draft.cpu_decodes
     prefilled = sum([c.length for c in draft.chunks])
     own = len(draft.gpu_decodes) + prefilled
@@ -39,13 +48,13 @@ def rates(draft: Draft) -> tuple[float, float]:
         layer = max(linear0, cpu1) + max(times.linear(len(second)) + draft.attention_s, cpu0)
     else:
         layer = linear0 + max(draft.attention_s, cpu0)
-    pipelined = draft.layers * layer + times.around(own + extra, rows + extra, rows + extra)
+    together = draft.layers * layer + times.around(own + extra, rows + extra, rows + extra)
     alone = draft.layers * (times.linear(own) + draft.attention_s) + times.around(own, rows, rows)
     if draft.options.worth == "requests":  # one token comes out of each, and none of an unfinished prompt
         prefilled = sum([c.length == c.request.remaining_prefill for c in draft.chunks])
     decode = _decode_worth(draft) if draft.options.worth == "time" else 1.0
     worth = prefilled + decode * len(draft.gpu_decodes)
-    return (worth + decode * extra) / pipelined, worth / alone
+    return (worth + decode * extra) / together, (worth + decode * relayed) / alone
 
 
 def _decode_worth(draft: Draft) -> float:

@@ -2,7 +2,9 @@
 
 Two sub-batches read the weights twice. Where a step is little but reading them, CPU decodes had better go
 with sub-batch 0, a layer a step (``SubBatch.relay_decode``): the CPU attends for all of them while the step
-runs. Room that becomes free on the GPU is for those on the host, as in any step of ``neo``: the oldest that
+runs. A step full of prompts takes ten times as long, and the CPU would stand still for most of it: there,
+where that is estimated to do more, relayed decodes stand still instead, and as many of the others on the host
+as stay hidden get a whole token in the second sub-batch. Room that becomes free on the GPU is for those on the host, as in any step of ``neo``: the oldest that
 is between two tokens takes it. If none is, those who wait may have it, rather than nobody.
 """
 
@@ -10,11 +12,17 @@ from __future__ import annotations
 
 from neo.core.plan import Evict, StepPlan, SubBatch
 from neo.core.request import Request, Tier
+from neo.policy.neo_choice import pipelined, rates
 from neo.policy.neo_draft import Draft
 
 
 def relayed(draft: Draft) -> StepPlan:
-    """The draft's sub-batch 0 with relayed decodes: all that are within a token, and some that begin one."""
+    """The draft's sub-batch 0 with relayed decodes: all that are within a token, and some that begin one.
+
+    Beside prompts, two sub-batches without them if that is better.
+    """
+    if draft.within and draft.chunks and draft.cpu_candidates and (plan := _beside_prompts(draft)):
+        return plan
     chunks, decodes = tuple(draft.chunks), draft.gpu_decodes
     members = (*draft.within, *_begin(draft))
     while not (chunks or decodes or members) and draft.cpu_candidates:
@@ -28,6 +36,21 @@ def relayed(draft: Draft) -> StepPlan:
     batch = SubBatch(chunks, decodes, relay_decode=members)
     why = f"{len(members)} relayed" if members else "gpu-only"
     return StepPlan((batch,), tuple(draft.moves), tuple(draft.evict), tuple(draft.reject), why, ring=ring)
+
+
+def _beside_prompts(draft: Draft) -> StepPlan | None:
+    """Two sub-batches; None, and the draft as it was, if relayed decodes had better go on."""
+    before = (draft.cpu_free, list(draft.cpu_candidates), list(draft.evict))
+    draft.place_cpu_decodes()
+    count = sum(map(len, draft.cpu_decodes))
+    if count:
+        tokens = (len(draft.within) + draft.rows_to_begin()) / (draft.layers + 1)
+        rate, relaying = rates(draft, tokens)
+        if rate > relaying:
+            return pipelined(draft, f"{count} beside prompts: {rate:.0f} > {relaying:.0f} relayed")
+    draft.cpu_free, draft.cpu_candidates, draft.evict = before
+    draft.cpu_decodes, draft.cpu_kv = ([], []), [0, 0]
+    return None
 
 
 def _begin(draft: Draft) -> list[Request]:

@@ -11,6 +11,9 @@ computed, and as many of their tokens as the host makes before the GPU has room 
 average. With fewer than L + 1 of them there would be steps in which nobody on the host is between two tokens,
 and room on the GPU would pass them by: no fewer are aimed at. As long as there are as many, they are served,
 up to the N of the best rate, even if no more are sent.
+
+Beside prompts, further requests on the host may run in a second sub-batch, for which relayed ones stand still
+(``neo.policy.neo_relay``): as many as a step full of prompts hides.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import NamedTuple
 from neo.core.graph import OpKind, Work
 from neo.core.view import SystemView
 from neo.policy.estimate import StageTimes
-from neo.policy.host_target import HostTarget, Load, Steady, mean_load
+from neo.policy.host_target import SPREAD, HostTarget, Load, Steady, mean_load
 
 _BELIEVED = 0.98  # of a rate with the host, an estimate of what CPU and GPU do side by side
 _WORTH = 1.04  # what relaying must gain to begin: filling the host and draining it again cost time, too
@@ -71,31 +74,44 @@ class RelayTarget:
             return None
         if not aim.hosted and len(view.cpu_decodes) <= self.layers:
             return None
-        return Goal(aim.hosted, fastest.hosted)
+        return Goal(aim.hosted, fastest.served)
 
     def _options(self, load: Load, most: int) -> Iterator[Steady]:
         """Steady states; rates are relative to the one without the host, of which the pipeline's is taken."""
         usual = self.pipeline.rate(load, 0)
         yield Steady(0, usual, 0.0)
-        alone, _ = self.rate(load, 0)
-        for hosted in _counts(self.layers + 1, most):
-            rate, prefill = self.rate(load, hosted)
-            made = hosted / (self.layers + 1)
-            begun = 2.0 * prefill + (1.0 - prefill) * made / (load.resident + made)
-            yield Steady(hosted, _BELIEVED * usual * rate / alone, begun * hosted)
+        alone, _, _ = self.rate(load, 0)
+        for served in _counts(self.layers + 1, most):
+            for beside in (0, most - served):
+                rate, prefill, extra = self.rate(load, served, beside)
+                if bool(beside) != bool(extra):
+                    continue
+                made = max(served / (self.layers + 1), extra)
+                begun = 2.0 * prefill + (1.0 - prefill) * made / (load.resident + made)
+                hosted = served + min(beside, int(SPREAD * extra))
+                yield Steady(hosted, _BELIEVED * usual * rate / alone, begun * hosted, served)
 
-    def rate(self, load: Load, hosted: int) -> tuple[float, float]:
-        """Requests per second that end in a steady state with that many on the host; prefill's share of time.
+    def rate(self, load: Load, relayed: int, beside: int = 0) -> tuple[float, float, int]:
+        """What comes of a steady state with that many relayed, and that many more beside prompts.
 
-        For each that ends a prompt is computed, in steps that have as much prefill as the budget allows;
-        between them are steps of decodes alone.
+        For each request that ends a prompt is computed, in steps that have as much prefill as the budget
+        allows; between them are steps of decodes alone.
+
+        Returns:
+            Requests per second that end, prefill's share of the time, and how many of those beside prompts
+            run in such a step.
         """
-        tokens = load.resident + hosted / (self.layers + 1)
-        with_chunk = min(1.0, tokens / load.output * load.prompt / load.budget)
-        longer, shorter = self._step(load, hosted, load.budget), self._step(load, hosted, 0)
-        seconds = with_chunk * longer + (1.0 - with_chunk) * shorter
-        made = tokens / load.output if with_chunk < 1.0 else load.budget / load.prompt
-        return made / seconds, with_chunk * (longer - shorter) / seconds
+        prompts = load.budget / load.prompt
+        shorter, tokens = self._step(load, relayed, 0), load.resident + relayed / (self.layers + 1)
+        longer, in_longer, extra = self._step(load, relayed, load.budget), tokens, 0
+        if beside:
+            longer, extra = self.pipeline.step(load, prompts, beside)
+            in_longer = load.resident + extra
+        # As many requests get their prompt as end: share * prompts = (share * in_longer + ...) / output.
+        missing = prompts * load.output - in_longer  # tokens of those requests that come in other steps
+        share = tokens / (missing + tokens) if missing > 0.0 else 1.0
+        seconds = share * longer + (1.0 - share) * shorter
+        return share * prompts / seconds, share * (longer - shorter) / seconds, extra
 
     def _step(self, load: Load, hosted: int, prefill: int) -> float:
         """Seconds of a step with that many tokens of prefill."""
