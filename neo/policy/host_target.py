@@ -26,9 +26,7 @@ _GRAIN = 8  # lengths are rounded to this many steps per doubling (9%), so that 
 _EXPECTED = 0.5  # load that is assumed before arrivals are seen, of the rate without the host
 _LASTING = 0.8  # arrivals that are believed to last, of that rate; an overload is taken to pass
 _BELIEVED = 0.95  # of a rate with the host, an estimate of what CPU and GPU do side by side
-SPREAD = (
-    1.5  # requests on the host for one that runs in a step: lengths differ, and some are being prefilled
-)
+SPREAD = 1.5  # requests on the host for one that runs in a step: lengths differ, and some are being prefilled
 _PAUSE = 3.0  # mean gaps without an arrival after which a rate is no longer believed (chance: e^-3 = 5%)
 
 

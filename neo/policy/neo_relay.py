@@ -2,10 +2,11 @@
 
 Two sub-batches read the weights twice. Where a step is little but reading them, CPU decodes had better go
 with sub-batch 0, a layer a step (``SubBatch.relay_decode``): the CPU attends for all of them while the step
-runs. A step full of prompts takes ten times as long, and the CPU would stand still for most of it: there,
-where that is estimated to do more, relayed decodes stand still instead, and as many of the others on the host
-as stay hidden get a whole token in the second sub-batch. Room that becomes free on the GPU is for those on the host, as in any step of ``neo``: the oldest that
-is between two tokens takes it. If none is, those who wait may have it, rather than nobody.
+runs. A step full of prompts takes ten times as long, and the CPU would be idle for most of it: there, where
+that is estimated to do more, relayed decodes stand still, and as many of the others on the host as stay
+hidden get a whole token in the second sub-batch. Room that becomes free on the GPU is for those on the host,
+as in any step of ``neo``: the oldest that is between two tokens takes it. If none is, those who wait may have
+it, rather than nobody.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Drive, Fixed, Pure, costs, decoding, make_scheduler, run_plan, toy_model
+from support import Drive, Fixed, Pure, ToyCost, costs, decoding, make_scheduler, run_plan, toy_model
 
 from neo.core.plan import StepPlan, SubBatch
 from neo.core.record import Mode
@@ -17,6 +17,7 @@ from neo.core.request import FinishReason, Request, Tier
 from neo.core.scheduler import Scheduler
 from neo.core.validate import check
 from neo.core.view import Limits, SystemView
+from neo.policy import neo_relay
 from neo.policy.estimate import StageTimes
 from neo.policy.host_target import HostTarget, Load
 from neo.policy.neo import Neo, NeoOptions
@@ -159,6 +160,41 @@ def test_rows_of_relayed_decodes_are_left_room_by_prefill_and_swapping_in() -> N
     assert moved.isdisjoint(batch.relay_decode)
 
 
+@pytest.mark.parametrize(("cpu", "still"), [(0.2, True), (2000.0, False)])
+def test_beside_a_long_prompt_relayed_decodes_stand_still_if_the_cpu_can_do_more(
+    cpu: float, still: bool
+) -> None:
+    """Two on the host are within a token, six are not: a whole token of each, or a layer of those two."""
+    s, _ = scene({}, gpu=700, cpu=900, max_batch_tokens=2500, max_seqs=16, cost=ToyCost(cpu=cpu))
+    decoding(s, "g")
+    hosted = [decoding(s, name, 2, tier=CPU) for name in "abcdefhi"]
+    begin(s, *hosted[:2])
+    s.add(Request("long", 2000, 4))
+    policy = Neo(NeoOptions(swap_in_limit=0.01))
+    policy._goal = lambda view: Goal(9, 2)  # type: ignore[method-assign]
+    plan = policy.plan(s.view, s.cost)
+    check(s.view, plan)
+    whole = {r for b in plan.batches for r in b.cpu_decode}
+    assert any(b.relay_decode for b in plan.batches) is not still
+    assert whole == (set(hosted[2:]) if still else set())
+    assert len(plan.batches[0].prefill) == 1
+    assert s.view.relaying == 2
+
+
+def test_others_on_the_host_get_tokens_beside_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What relayed decodes alone left of the CPU's time while prompts run serves more, and sooner."""
+
+    def pipelined(found: dict[str, Any]) -> int:
+        return int(found["decisions"]["pipelined"])
+
+    both = metrics(machine(400), 50, n=250)
+    monkeypatch.setattr(neo_relay, "_beside_prompts", lambda draft: None)
+    alone = metrics(machine(400), 50, n=250)
+    assert pipelined(both) > 3 * pipelined(alone)
+    assert both["request_throughput"] > 1.05 * alone["request_throughput"]
+    assert both["e2e_s"]["mean"] < alone["e2e_s"]["mean"]
+
+
 def test_no_rows_no_relay() -> None:
     system, limits = machine(200), Limits(max_batch_tokens=2304, relay_rows=0)
     system = replace(system, config=replace(system.config, limits=limits))
@@ -189,6 +225,16 @@ def test_the_best_rate_keeps_the_cpu_busy_for_a_step() -> None:
     assert gain[0] > gain[1] > 1.0, "the fewer the GPU holds, the more a token of the host counts"
 
 
+def test_beside_prompts_more_on_the_host_bring_more() -> None:
+    system = machine(800)
+    relay, known = target(system), load(system, 50)
+    alone, share, none = relay.rate(known, 99)
+    rate, prefill, extra = relay.rate(known, 99, 40)
+    assert rate > 1.05 * alone
+    assert (none, extra > 10) == (0, True)
+    assert prefill > share, "what they bring shortens the steps without prompts"
+
+
 def test_the_share_of_prefill_is_what_outputs_leave() -> None:
     relay, system = target(machine(800)), machine(800)
     shares = [relay.rate(load(system, output), 33)[1] for output in (10, 50, 400)]
@@ -196,13 +242,13 @@ def test_the_share_of_prefill_is_what_outputs_leave() -> None:
 
 
 def test_the_estimate_is_what_the_simulator_reaches() -> None:
-    """Nearly twice as much: within 15 %, filling and draining the host included."""
+    """More than twice as much: within 15 %, filling and draining the host included."""
     system = machine(200)
     relay, known = target(system), load(system, 200)
-    estimate = max(relay.rate(known, n)[0] for n in range(33, 80)) / relay.rate(known, 0)[0]
-    with_it = metrics(system, 200, n=400)["request_throughput"]
-    without = metrics(machine(200, "gpu-only"), 200, n=400)["request_throughput"]
-    assert with_it > 1.7 * without
+    estimate = max(relay.rate(known, n, 145 - n)[0] for n in range(33, 145)) / relay.rate(known, 0)[0]
+    with_it = metrics(system, 200, n=700)["request_throughput"]
+    without = metrics(machine(200, "gpu-only"), 200, n=700)["request_throughput"]
+    assert with_it > 2.0 * without
     assert 0.85 < with_it / without / estimate < 1.05
 
 
