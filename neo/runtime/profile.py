@@ -12,7 +12,6 @@ as a different one left them. SCHEDULE, the host's own time, comes from a short 
 from __future__ import annotations
 
 import platform
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -34,7 +33,7 @@ from neo.cost.table_schema import FORMAT, SHAPE_FIELDS
 from neo.runtime.engine import Engine
 from neo.runtime.measure import WHOLE, Bench, Measured
 from neo.runtime.profile_grid import Grid, from_nothing, to_corner, to_corners
-from neo.runtime.profile_samples import Samples
+from neo.runtime.profile_samples import Samples, typical
 from neo.runtime.profile_steps import STEP, between, check_steps
 from neo.runtime.sampling_params import SamplingParams
 from neo.runtime.setup import EngineParts
@@ -292,7 +291,7 @@ class Profiler:
             finally:
                 engine.close()
         sizes = sorted(points)
-        seconds = np.maximum.accumulate([statistics.median(points[n]) for n in sizes])
+        seconds = np.maximum.accumulate([typical(points[n]) for n in sizes])
         last = max(sizes[-1] + 1, self.limits.max_seqs)
         slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
         ends = [*seconds.tolist(), float(seconds[-1] + slope * (last - sizes[-1]))]

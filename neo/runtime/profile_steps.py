@@ -33,7 +33,7 @@ def step_seconds(cost: CostModel, layers: int, sequences: int, kv_tokens: int) -
 def check_steps(document: Mapping[str, Any], samples: Samples) -> dict[str, Any] | None:
     """How far a table's sums are from steps that were measured, as ``StepCheck`` has it; None without any.
 
-    Steps of the table's own sizes show what its medians, and what was raised, are worth; those between them
+    Steps of the table's own sizes show what its values, and what was raised, are worth; those between them
     what interpolation is, graphs being padded.
     """
     cost = Profiled.from_dict(dict(document))

@@ -163,7 +163,7 @@ def test_a_run_within_the_profiled_budgets_is_priced_without_extrapolation(
     assert fresh.describe()["warnings"] == []
     asked = system.cost.describe()["warnings"]
     if policy == "neo":  # its picture of a steady state has all decodes beside a full budget of prompts
-        ending = 4  # prompts that end in such a step, with a row each
+        ending = 6  # prompts of 16 to 20 tokens that end in such a step, with a row each
         beyond = {"sequences": ending, "tokens": ending + system.config.limits.max_seqs}
         for warning in asked:
             found = re.search(r", (\w+): \d+ .* above the grid's last value (\d+), up to (\d+)$", warning)
@@ -239,7 +239,13 @@ def test_tables_go_on_to_the_corners_of_a_policys_cells() -> None:
 # -- samples ------------------------------------------------------------------------------------------------
 
 
-def test_tables_hold_medians() -> None:
+def test_tables_hold_means_without_the_least_and_the_largest() -> None:
+    samples = Samples()
+    for seconds in (2.0, 1.0, 2.0, 4.0, 4.0, 900.0):
+        samples.add("post", (4,), seconds)
+    for seconds in (2.0, 4.0):
+        samples.add("post", (8,), seconds)
+    assert samples.curve("post", "tokens")["seconds"] == [3.0, 3.0]
     samples = Samples()
     for seconds in (5.0, 1.0, 100.0):
         samples.add("pre", (4,), seconds)
