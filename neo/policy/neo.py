@@ -87,7 +87,8 @@ class NeoOptions:
     patience_s: float = field(
         default=10.0,
         metadata={
-            "help": "the oldest CPU request runs, hidden or not, once it has waited this long for a token"
+            "help": "the oldest CPU request runs, hidden or not, and relayed ones go on beside prompts, once "
+            "one has waited this long for a token"
         },
     )
     relay: bool = field(

@@ -40,7 +40,13 @@ def relayed(draft: Draft) -> StepPlan:
 
 
 def _beside_prompts(draft: Draft) -> StepPlan | None:
-    """Two sub-batches; None, and the draft as it was, if relayed decodes had better go on."""
+    """Two sub-batches; None, and the draft as it was, if relayed decodes had better go on.
+
+    That they had, too, once one of them has waited long for its token: prompts may come without end.
+    """
+    longest = draft.view.now - draft.options.patience_s
+    if any(r.last_token_s is not None and r.last_token_s < longest for r in draft.within):
+        return None
     before = (draft.cpu_free, list(draft.cpu_candidates), list(draft.evict))
     draft.place_cpu_decodes()
     count = sum(map(len, draft.cpu_decodes))

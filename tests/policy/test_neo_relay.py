@@ -160,17 +160,23 @@ def test_rows_of_relayed_decodes_are_left_room_by_prefill_and_swapping_in() -> N
     assert moved.isdisjoint(batch.relay_decode)
 
 
-@pytest.mark.parametrize(("cpu", "still"), [(0.2, True), (2000.0, False)])
+@pytest.mark.parametrize(
+    ("cpu", "patience", "still"), [(0.2, 10.0, True), (2000.0, 10.0, False), (0.2, 0.5, False)]
+)
 def test_beside_a_long_prompt_relayed_decodes_stand_still_if_the_cpu_can_do_more(
-    cpu: float, still: bool
+    cpu: float, patience: float, still: bool
 ) -> None:
-    """Two on the host are within a token, six are not: a whole token of each, or a layer of those two."""
+    """Two on the host are within a token, six are not: a whole token of each, or a layer of those two.
+
+    Not for longer than patience: those two have waited for theirs for a second.
+    """
     s, _ = scene({}, gpu=700, cpu=900, max_batch_tokens=2500, max_seqs=16, cost=ToyCost(cpu=cpu))
     decoding(s, "g")
     hosted = [decoding(s, name, 2, tier=CPU) for name in "abcdefhi"]
     begin(s, *hosted[:2])
     s.add(Request("long", 2000, 4))
-    policy = Neo(NeoOptions(swap_in_limit=0.01))  # room is for the prompt, but for a few
+    s.view.now = hosted[0].last_token_s + 1.0
+    policy = Neo(NeoOptions(swap_in_limit=0.01, patience_s=patience))  # room is for the prompt, but for a few
     policy._goal = lambda view: Goal(9, 2)  # type: ignore[method-assign]
     plan = policy.plan(s.view, s.cost)
     check(s.view, plan)
