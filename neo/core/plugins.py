@@ -32,12 +32,14 @@ def load_object(spec: str, kind: str) -> Any:
         kind: what it is, for messages: ``"policy"``, ``"cost model"``.
 
     Raises:
-        InputError: one line with the file and what failed: no such file, a syntax error with its line, an
+        InputError: one line with the file and what failed: no such file, or none of Python, a syntax error with its line, an
             exception while importing with its line, or a missing name with close matches.
     """
     where, _, name = spec.rpartition(":")
     if not where or not name or name.endswith(".py"):
         raise InputError(f"{kind} '{spec}': give the file and the name in it, as path/to/file.py:Name")
+    if "/" in where and not where.endswith(".py"):
+        raise InputError(f"{kind} '{where}': no Python file, whose name ends in .py")
     module = _import_file(where, kind) if where.endswith(".py") else _import_module(where, kind)
     found: Any = module
     for part in name.split("."):

@@ -141,6 +141,8 @@ def test_load_object_from_modules_and_missing_files() -> None:
     assert load_object("neo.cost.roofline:Roofline", "cost model") is Roofline
     with pytest.raises(InputError, match=r"'nowhere\.py': no such file"):
         load_object("nowhere.py:X", "policy")
+    with pytest.raises(InputError, match=r"'/dev/null': no Python file, whose name ends in \.py"):
+        load_object("/dev/null:Mine", "policy")
     with pytest.raises(InputError, match="'no_such_module': cannot be imported: ModuleNotFoundError"):
         load_object("no_such_module:X", "policy")
     with pytest.raises(InputError, match="has no 'Rooflin', did you mean 'Roofline'"):
