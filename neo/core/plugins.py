@@ -32,8 +32,8 @@ def load_object(spec: str, kind: str) -> Any:
         kind: what it is, for messages: ``"policy"``, ``"cost model"``.
 
     Raises:
-        InputError: one line with the file and what failed: no such file, or none of Python, a syntax error with its line, an
-            exception while importing with its line, or a missing name with close matches.
+        InputError: one line with the file and what failed: no such file, or none of Python, a syntax error
+            with its line, an exception while importing with its line, or a missing name with close matches.
     """
     where, _, name = spec.rpartition(":")
     if not where or not name or name.endswith(".py"):
