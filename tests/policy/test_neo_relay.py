@@ -246,6 +246,18 @@ def test_others_on_the_host_get_tokens_beside_prompts(monkeypatch: pytest.Monkey
     assert both["e2e_s"]["mean"] < alone["e2e_s"]["mean"]
 
 
+def test_prompts_leave_room_for_those_beside_them() -> None:
+    """Also where the budget of a step is no larger than that of its prompts."""
+
+    def throughput(tokens: int) -> float:
+        system = machine(400)
+        limits = Limits(max_batch_tokens=tokens)
+        system = replace(system, config=replace(system.config, limits=limits))
+        return float(metrics(system, 20, n=300)["request_throughput"])
+
+    assert throughput(NeoOptions().token_budget) > 0.97 * throughput(4096)
+
+
 def test_no_rows_no_relay() -> None:
     system, limits = machine(200), Limits(max_batch_tokens=2304, relay_rows=0)
     system = replace(system, config=replace(system.config, limits=limits))
