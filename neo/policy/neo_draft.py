@@ -165,7 +165,7 @@ class Draft:
         decodes = len(self.gpu_decodes)
         beside = min(len(self.cpu_candidates), limits.max_batch_tokens // 2)
         if self.goal is not None:
-            beside = max(min(beside, self.rows_to_begin()), self.relayed_rows)
+            beside = max(beside, self.relayed_rows)
         room = limits.max_batch_tokens - decodes - beside
         if self.options.prefill == "whole":
             return room

@@ -188,6 +188,58 @@ def test_beside_a_long_prompt_relayed_decodes_stand_still_if_the_cpu_can_do_more
     assert s.view.relaying == 2
 
 
+@pytest.mark.parametrize(("waited", "still"), [(9.0, True), (11.0, False)])
+def test_whoever_has_waited_too_long_stands_still_no_more(waited: float, still: bool) -> None:
+    """Two within a token go on once the older is out of patience, and nobody joins them beside the prompt."""
+    s, _ = scene({}, gpu=700, cpu=900, max_batch_tokens=2500, max_seqs=16, cost=ToyCost(cpu=0.2))
+    decoding(s, "g")
+    hosted = [decoding(s, name, 2, tier=CPU) for name in "abcdefhi"]
+    begin(s, *hosted[:2])
+    s.add(Request("long", 2000, 4))
+    last = hosted[0].last_token_s
+    assert last is not None
+    s.view.now = last + waited
+    for r in hosted[2:]:
+        r.last_token_s = s.view.now
+    policy = Neo(NeoOptions(swap_in_limit=0.01, patience_s=10.0))
+    policy._goal = lambda view: Goal(20, 8)  # type: ignore[method-assign]
+    plan = policy.plan(s.view, s.cost)
+    check(s.view, plan)
+    relayed = [r for b in plan.batches for r in b.relay_decode]
+    assert relayed == ([] if still else hosted[:2])
+    assert len(plan.batches[0].prefill) == 1
+
+
+@pytest.mark.parametrize("waited", [9.0, 11.0])
+def test_the_oldest_between_two_tokens_begins_one_if_it_has_waited_too_long(waited: float) -> None:
+    """As long as it would be skipped beside prompts, if it is too long to be hidden there."""
+    s, _ = scene({}, gpu=700, cpu=900, max_batch_tokens=2500, max_seqs=16, cost=ToyCost(cpu=0.2))
+    decoding(s, "g")
+    first, *hosted = [decoding(s, name, 2, tier=CPU) for name in "abcdefhi"]
+    begin(s, first)
+    s.add(Request("long", 2000, 4))
+    s.view.now = (hosted[0].last_token_s or 0.0) + waited
+    first.last_token_s = s.view.now
+    policy = Neo(NeoOptions(swap_in_limit=0.01, patience_s=10.0))
+    policy._goal = lambda view: Goal(20, 8)  # type: ignore[method-assign]
+    plan = policy.plan(s.view, s.cost)
+    check(s.view, plan)
+    moved = {m.request for m in plan.moves}
+    oldest = next(r for r in hosted if r not in moved)
+    assert (oldest in plan.batches[0].relay_decode) is (waited > 10.0)
+
+
+@pytest.mark.parametrize("rate", [None, 40.0])
+def test_as_long_as_prompts_come_nobody_waits_much_longer_than_patience(rate: float | None) -> None:
+    """Nearly every step has prompts, for 40 s: those within a token once stood still for all of them."""
+    work = synthetic("around:1000:0.1", "around:20:0.1", n=1500, seed=0)
+    if rate is not None:
+        work = apply_arrivals(work, "poisson", rate=rate, seed=1)
+    record = simulation(machine(400), work).run()
+    assert list(record.columns.mode).count(Mode.PIPELINED) > 500
+    assert max(record.itl_values) < NeoOptions().patience_s + 3.0  # a token takes 33 steps of up to 60 ms
+
+
 def test_others_on_the_host_get_tokens_beside_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What relayed decodes alone left of the CPU's time while prompts run serves more, and sooner."""
 
@@ -200,6 +252,25 @@ def test_others_on_the_host_get_tokens_beside_prompts(monkeypatch: pytest.Monkey
     assert pipelined(both) > 3 * pipelined(alone)
     assert both["request_throughput"] > 1.05 * alone["request_throughput"]
     assert both["e2e_s"]["mean"] < alone["e2e_s"]["mean"]
+
+
+def test_prompts_leave_room_for_those_beside_them() -> None:
+    """Also where the budget of a step is no larger than that of its prompts."""
+
+    def throughput(tokens: int) -> float:
+        system = machine(400)
+        limits = Limits(max_batch_tokens=tokens)
+        system = replace(system, config=replace(system.config, limits=limits))
+        return float(metrics(system, 20, n=300)["request_throughput"])
+
+    assert throughput(NeoOptions().token_budget) > 0.97 * throughput(4096)
+
+
+def test_relaying_once_begun_goes_on() -> None:
+    """Beside prompts that come in nearly every step at first, it would be given up again and again."""
+    found, gpu_only = metrics(machine(400), 200, n=150), metrics(machine(400, "gpu-only"), 200, n=150)
+    assert found["decisions"]["relayed"] > 2000
+    assert found["request_throughput"] > 1.35 * gpu_only["request_throughput"]
 
 
 def test_no_rows_no_relay() -> None:

@@ -154,3 +154,10 @@ def test_a_counted_histogram_is_the_library_s(observed: list[tuple[float, int]])
     assert a == b
     total = sum(v * n for v, n in observed)
     assert next(iter(counted.collect())).samples[-1].value == pytest.approx(total)
+
+
+def test_a_registry_takes_one_counted_histogram_of_a_name() -> None:
+    registry = CollectorRegistry()
+    registry.register(CountedHistogram("neo:x", "Some seconds.", {"model_name": "m"}, (1.0,)))
+    with pytest.raises(ValueError, match="neo:x"):
+        Histogram("neo:x", "Others.", registry=registry)
