@@ -5,7 +5,7 @@ usage: python benchmarks/serve_overhead.py [--streams 1 64 512] [--tokens 400] [
 A model that costs nothing stands behind the real server, in its own process; the streams are real sockets.
 
 - *Tokens per second*: the engine runs as fast as it can; every stream asks for ``--tokens`` tokens, counted
-  from the first to the last that any client reads.
+  from the first to the last that any client reads. Beside it the HTTP process's own time for a token.
 - *Latency*: every step ends on a grid of time that engine and clients share, so that a client knows how old a
   token is when it reads it. Beside it the age at which the engine gives it out, in this process and without a
   server.
@@ -130,11 +130,19 @@ def quantiles(values: Times) -> str:
 
 
 def throughput(count: int, tokens: int) -> str:
-    with null_engine("--sequences", str(count), "--tokens", str(tokens + 64)) as (address, _):
+    with null_engine("--sequences", str(count), "--tokens", str(tokens + 64)) as (address, pid):
         asyncio.run(streams(address, count, WARM))
+        before = processor_s(pid)
         every = asyncio.run(streams(address, count, tokens))
+        busy = processor_s(pid) - before
     seconds = max(t[-1] for t in every) - min(t[0] for t in every)
-    return f"{count * tokens / seconds:,.0f} tokens/s"
+    return f"{count * tokens / seconds:,.0f} tokens/s, {1e6 * busy / (count * tokens):.1f} us each over HTTP"
+
+
+def processor_s(pid: int) -> float:
+    """Processor time that a process has taken, by /proc."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def latency(count: int, tokens: int) -> str:

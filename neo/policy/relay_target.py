@@ -82,11 +82,11 @@ class RelayTarget:
         yield Steady(0, usual, 0.0)
         alone, _, _ = self.rate(load, 0)
         for served in _counts(self.layers + 1, most):
-            for beside in (0, most - served):
+            for beside in dict.fromkeys((0, most - served)):
                 rate, prefill, extra = self.rate(load, served, beside)
                 if bool(beside) != bool(extra):
                     continue
-                made = max(served / (self.layers + 1), extra)
+                made = max(served / (self.layers + 1), extra)  # of both kinds of step the one with more
                 begun = 2.0 * prefill + (1.0 - prefill) * made / (load.resident + made)
                 hosted = served + min(beside, int(SPREAD * extra))
                 yield Steady(hosted, _BELIEVED * usual * rate / alone, begun * hosted, served)
