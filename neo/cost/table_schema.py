@@ -75,7 +75,7 @@ class Provenance(_Strict):
     """Where, when and how the seconds were measured.
 
     ``spread`` is that of repeats, as a share of the median; ``raised`` the largest share by which an entry
-    was raised to one of less work; ``steps`` is there where steps were measured as a whole.
+    was raised since less work took longer; ``steps`` is there where steps were measured as a whole.
     """
 
     hardware: str

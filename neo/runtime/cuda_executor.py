@@ -9,7 +9,7 @@ RECV one that waits for the answer. Steps that only decode are replayed as CUDA 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,13 +28,14 @@ from neo.runtime.cuda_linear import ROW_SIZES, Tuned, padded_rows
 from neo.runtime.cuda_memory import device_memory, pinned_memory
 from neo.runtime.cuda_operations import Operations, new_stream
 from neo.runtime.cuda_program import program, work_of
-from neo.runtime.cuda_timeline import Timeline, host_slices, seconds_each
+from neo.runtime.cuda_timeline import Exercise, Timeline, host_slices, seconds_each, wait_awhile
 from neo.runtime.errors import EngineError
 from neo.runtime.executor import FAULTS, Pending, Sample, StepTimes
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import StepInputs
 
+_EXERCISED = 2048  # rows of products that keep the device at work ahead of a step that is timed
 _MOST_PADDED = 512  # rows of a sub-batch in a graph: with more, launching one by one takes less than the step
 
 
@@ -108,6 +109,7 @@ class CudaExecutor:
                 )
             self._graphs = Graphs()
         self._main.synchronize()
+        self._exercise: Exercise | None = None
         self._ran = 0
         self._ended_s = 0.0  # when the step before ended
         self._about = self._describe()
@@ -143,6 +145,7 @@ class CudaExecutor:
     def close(self) -> None:
         """Stop the threads and give KV memory back; may be called again."""
         self._ops.close()
+        self._exercise = None
         self._unpin()
         config = self.model.config
         self._graphs.clear()
@@ -275,9 +278,20 @@ class CudaExecutor:
     ) -> None:
         """Launch every operation in program order."""
         self._tune([len(b.tokens) for b in inputs.batches], len(inputs.sampled))
-        timeline = Timeline(self._main, self.timed) if timed else None
+        timeline = Timeline(self._main, self._hold_back(inputs)) if timed else None
         self._ops.prepare(plan, copies, program(graph.template)[0], timeline)
         self._ops.launch(graph.template)
+
+    def _hold_back(self, inputs: StepInputs) -> Callable[[], None] | None:
+        """What the device does while a step that is timed is launched."""
+        if not self.timed:
+            return None
+        if _rows(inputs) <= _MOST_PADDED:
+            return wait_awhile
+        if self._exercise is None:
+            own, matrix = self._ops.rows[0], self.model.weights.layers[0].gate_up
+            self._exercise = Exercise(own.x[:_EXERCISED], matrix, own.gate_up[:_EXERCISED])
+        return self._exercise
 
 
 @contextmanager
@@ -293,8 +307,12 @@ def _faults() -> Iterator[None]:
 
 def _only_decodes(inputs: StepInputs) -> bool:
     """Whether a step is a few decodes alone, each where its KV is, or moves to ahead of it."""
-    rows = max([len(b.tokens) for b in inputs.batches])
-    return rows <= _MOST_PADDED and not any(b.chunks or len(b.stream) for b in inputs.batches)
+    return _rows(inputs) <= _MOST_PADDED and not any(b.chunks or len(b.stream) for b in inputs.batches)
+
+
+def _rows(inputs: StepInputs) -> int:
+    """Rows of the larger sub-batch."""
+    return max([len(b.tokens) for b in inputs.batches])
 
 
 def _with_cpu(inputs: StepInputs) -> list[int]:

@@ -26,7 +26,8 @@ class Samples:
     """Seconds by table and coordinates.
 
     What was measured of replayed steps counts alone where there is any. More work never takes less time in a
-    table: where measurements say so they are raised, and ``raised`` is the largest share by which.
+    table: where measurements say so they meet half way, and ``raised`` is the largest share by which one is
+    above what was measured.
     """
 
     def __init__(self) -> None:
@@ -79,8 +80,16 @@ class Samples:
         return {"axes": {axis: sizes}, "seconds": seconds}
 
     def _ascending(self, seconds: Any) -> Any:
+        """The table nearest to what was measured, by its largest error, of those in which no axis falls.
+
+        Half way between the least such table above the measured one and the largest one below it.
+        """
         measured = np.asarray(seconds, dtype=np.float64)
-        fixed, _ = isotonic(measured, "")
+        above, _ = isotonic(measured, "")
+        below = measured
+        for axis in range(measured.ndim):
+            below = np.flip(np.minimum.accumulate(np.flip(below, axis), axis), axis)
+        fixed = 0.5 * (above + below)
         shares = np.divide(fixed - measured, fixed, out=np.zeros_like(fixed), where=fixed > 0)
         self.raised = max(self.raised, float(shares.max()))
         return fixed.tolist()

@@ -9,7 +9,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="the engine needs torch")
 
@@ -260,6 +263,37 @@ def test_a_size_that_could_not_be_measured_continues_its_neighbours() -> None:
         samples.add("t", at, seconds)
     found = samples.surface("t", {"length": (1, 4), "start": (0, 8)})
     assert found["seconds"] == [[1.0, 3.0], [2.0, 4.0]]
+
+
+def test_where_less_work_took_longer_the_two_meet_half_way() -> None:
+    samples = Samples()
+    for size, seconds in {1: 4.0, 2: 2.0, 4: 3.0, 8: 5.0}.items():
+        samples.add("t", (size,), seconds)
+    assert samples.curve("t", "bytes")["seconds"] == [3.0, 3.0, 3.5, 5.0]
+    assert samples.raised == pytest.approx(1.0 / 3.0)  # from 2 to 3
+
+
+@given(st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=2, max_size=5))
+def test_a_surface_never_falls_and_is_as_near_to_what_was_measured_as_any_that_does_not(
+    rows: list[list[int]],
+) -> None:
+    samples = Samples()
+    for x, row in enumerate(rows):
+        for y, seconds in enumerate(row):
+            samples.add("t", (x, y), float(seconds))
+    axes = {"sequences": tuple(range(len(rows))), "kv_tokens": (0, 1, 2)}
+    found = np.asarray(samples.surface("t", axes)["seconds"])
+    assert (np.diff(found, axis=0) >= 0.0).all()
+    assert (np.diff(found, axis=1) >= 0.0).all()
+    measured = np.asarray(rows, dtype=float)
+    falls = [
+        less - more
+        for (x, y), less in np.ndenumerate(measured)
+        for (v, w), more in np.ndenumerate(measured)
+        if v >= x and w >= y
+    ]
+    # Two entries that fall by d cannot both be nearer than d / 2 to any table that does not.
+    assert np.abs(found - measured).max() == pytest.approx(max(falls) / 2.0)
 
 
 def test_a_single_size_gets_a_second_point() -> None:
