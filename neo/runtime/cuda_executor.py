@@ -9,7 +9,7 @@ RECV one that waits for the answer. Steps that only decode are replayed as CUDA 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from neo.core.graph import RELAY, OpKind, StepGraph
+from neo.core.graph import RELAY, OpKind, StepGraph, Template
 from neo.core.plan import StepPlan
 from neo.runtime import cuda_library
 from neo.runtime.block_tables import BlockTables, Copies
@@ -28,14 +28,15 @@ from neo.runtime.cuda_linear import ROW_SIZES, Tuned, padded_rows
 from neo.runtime.cuda_memory import device_memory, pinned_memory
 from neo.runtime.cuda_operations import Operations, new_stream
 from neo.runtime.cuda_program import program, work_of
-from neo.runtime.cuda_timeline import Exercise, Timeline, host_slices, seconds_each, wait_awhile
+from neo.runtime.cuda_timeline import Timeline, host_slices, seconds_each
 from neo.runtime.errors import EngineError
 from neo.runtime.executor import FAULTS, Pending, Sample, StepTimes
 from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import StepInputs
 
-_EXERCISED = 2048  # rows of products that keep the device at work ahead of a step that is timed
+_EXERCISED = 4096  # rows: prompts of so many come ahead of a step of prompts that is timed
+_CHOOSING = frozenset({OpKind.HEAD})
 _MOST_PADDED = 512  # rows of a sub-batch in a graph: with more, launching one by one takes less than the step
 
 
@@ -109,7 +110,6 @@ class CudaExecutor:
                 )
             self._graphs = Graphs()
         self._main.synchronize()
-        self._exercise: Exercise | None = None
         self._ran = 0
         self._ended_s = 0.0  # when the step before ended
         self._about = self._describe()
@@ -145,7 +145,6 @@ class CudaExecutor:
     def close(self) -> None:
         """Stop the threads and give KV memory back; may be called again."""
         self._ops.close()
-        self._exercise = None
         self._unpin()
         config = self.model.config
         self._graphs.clear()
@@ -278,20 +277,25 @@ class CudaExecutor:
     ) -> None:
         """Launch every operation in program order."""
         self._tune([len(b.tokens) for b in inputs.batches], len(inputs.sampled))
-        timeline = Timeline(self._main, self._hold_back(inputs)) if timed else None
-        self._ops.prepare(plan, copies, program(graph.template)[0], timeline)
+        timeline = Timeline(self._main, self.timed) if timed else None
+        copied = program(graph.template)[0]
+        self._ops.prepare(plan, copies, copied, timeline)
+        if self.timed and not (copied or _with_cpu(inputs)):
+            self._exercise(graph.template, _rows(inputs))
         self._ops.launch(graph.template)
 
-    def _hold_back(self, inputs: StepInputs) -> Callable[[], None] | None:
-        """What the device does while a step that is timed is launched."""
-        if not self.timed:
-            return None
-        if _rows(inputs) <= _MOST_PADDED:
-            return wait_awhile
-        if self._exercise is None:
-            own, matrix = self._ops.rows[0], self.model.weights.layers[0].gate_up
-            self._exercise = Exercise(own.x[:_EXERCISED], matrix, own.gate_up[:_EXERCISED])
-        return self._exercise
+    def _exercise(self, template: Template, rows: int) -> None:
+        """Run a step of many rows several times ahead of the time that is measured; all write the same.
+
+        Such steps draw more power than a GPU may for long, so that it lowers its clocks: behind a rest they
+        are faster than behind their like, as they come in an engine that has prompts to compute.
+        """
+        if rows <= _MOST_PADDED:
+            return
+        timeline, self._ops.timeline = self._ops.timeline, None
+        for _ in range(-(-_EXERCISED // rows)):
+            self._ops.launch(template, _CHOOSING)
+        self._ops.timeline = timeline
 
 
 @contextmanager

@@ -2,24 +2,18 @@
 
 Events keep apart what they stand between, and kernels of a step that is replayed as one graph overlap.
 ``seconds_each`` times such steps as a whole.
-
-No time may have a launch in it: the device is held back until the host has launched. Ahead of steps full of
-prompts it has to work meanwhile (``Exercise``), as in an engine, where the step before is still running.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from neo.core.graph import RESOURCE_OF, OpKind, Resource
 from neo.core.record import Slice
@@ -27,8 +21,6 @@ from neo.runtime.cuda_program import Step
 
 _HELD_BACK = 1 << 25  # clock cycles, about 17 ms: longer than launching a step that decodes takes
 _HELD_BRIEFLY = 1 << 23  # about 4 ms: longer than launching two replays of one takes
-_EXERCISED_S = 0.1  # over about as long a GPU seems to average its power
-_MOST_PRODUCTS = 1000  # of small ones, for which a host takes longer than a device
 _IN_A_ROW = 2  # replays that are timed: inputs have two buffers on the host, so that neither is written twice
 
 
@@ -44,17 +36,17 @@ class Timeline:
 
     Args:
         main: the stream of the GPU's operations; nothing may be running.
-        hold_back: keeps the GPU from the step while that is launched, so that no time has a launch in it.
+        hold_back: let the GPU wait while the step is launched, so that no time has a launch in it.
     """
 
-    def __init__(self, main: torch.cuda.Stream, hold_back: Callable[[], None] | None = None) -> None:
+    def __init__(self, main: torch.cuda.Stream, hold_back: bool) -> None:
         self._found: list[_Timed] = []
         main.synchronize()
         self._base = _event()
         self._base.record(main)
         self._zero = time.perf_counter()
-        if hold_back is not None:
-            hold_back()
+        if hold_back:
+            torch.cuda._sleep(_HELD_BACK)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def measure(self, step: Step, layer: int | None, stream: torch.cuda.Stream) -> Iterator[None]:
@@ -81,45 +73,6 @@ class Timeline:
                 (step.work, Slice(number, RESOURCE_OF[step.kind], step.kind, layer, step.batch, start, end))
             )
         return found
-
-
-def wait_awhile() -> None:
-    """Let the device wait on the current stream for longer than launching a step of decodes takes."""
-    torch.cuda._sleep(_HELD_BACK)  # type: ignore[no-untyped-call]
-
-
-class Exercise:
-    """Products that keep the device at work for a tenth of a second, on the current stream.
-
-    Products of many rows draw more power than a GPU may for long: it lowers its clocks until they do not. A
-    step of prompts that comes behind a rest is faster than any but the first in an engine that has prompts
-    to compute.
-
-    Args:
-        x, matrix: [rows, in] and [out, in].
-        out: [rows, out], overwritten.
-    """
-
-    def __init__(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
-        self._product = partial(torch.mm, x, matrix.t(), out=out)
-        self._count = 0
-
-    def __call__(self) -> None:
-        """Queue them."""
-        if not self._count:
-            self._count = self._products()
-        for _ in range(self._count):
-            self._product()
-
-    def _products(self) -> int:
-        self._product()  # whatever the first takes longer for
-        start, end = _event(), _event()
-        start.record()
-        self._product()
-        end.record()
-        end.synchronize()
-        seconds: float = start.elapsed_time(end) * 1e-3
-        return max(1, min(_MOST_PRODUCTS, math.ceil(_EXERCISED_S / max(seconds, 1e-6))))
 
 
 def seconds_each(main: torch.cuda.Stream, launch: Callable[[], None]) -> float:
