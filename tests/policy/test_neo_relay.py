@@ -355,8 +355,8 @@ def test_relaying_never_costs(blocks: int, output: int, load: float | None) -> N
 
 
 def test_where_little_fits_relayed_steps_serve_more_and_sooner() -> None:
-    on, off = (metrics(machine(200, relay=relay), 100) for relay in ("true", "false"))
-    gpu_only = metrics(machine(200, "gpu-only"), 100)
+    on, off = (metrics(machine(200, relay=relay), 100, n=200) for relay in ("true", "false"))
+    gpu_only = metrics(machine(200, "gpu-only"), 100, n=200)
     assert on["decisions"]["relayed"] > 1000
     assert off["decisions"]["relayed"] == 0
     assert on["request_throughput"] > 1.2 * off["request_throughput"]
