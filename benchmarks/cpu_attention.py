@@ -1,10 +1,10 @@
 """CPU decode attention against this machine's read speed and against torch.
 
 Every figure is GB/s of K and V bytes. `read` reads the same bytes with the same threads in the same order and
-computes nothing (by the best of the kernel's ways to fetch ahead); `ratio` is the kernel's speed over it. The
-cache is far larger than the processor's caches. All things compared take turns, round after round, as a
-machine may change its speed from one to the next: `ratio` is taken round by round. Medians; with --json also
-the least and the largest ratio.
+computes nothing (by the kernel's way to fetch ahead that is fastest in the median); `ratio` is the kernel's
+speed over it. The cache is far larger than the processor's caches. All things compared take turns, round
+after round, as a machine may change its speed from one to the next: `ratio` is taken round by round. Medians;
+with --json also the least and the largest ratio.
 
     python benchmarks/cpu_attention.py --threads 2
 """

@@ -4,21 +4,23 @@
 
 For every budget of GPU memory and length of output: requests/s with the GPU alone, in a steady state; by
 which factor the bandwidth bound raises that (the host reads KV for all of the time, and costs the GPU
-nothing); and by which the best mixture of steps does that the cost table allows, the host's memory being
-endless and never to be filled: two sub-batches beside prompts, relayed decodes beside decodes. Then the same
-with a part of what is in the way taken away: attention on the CPU as fast as plain reading; the second
-sub-batch's pass over the weights for nothing; both.
+nothing); and by which the best mixture of steps does that the cost table allows, of those looked at: two
+sub-batches beside prompts, relayed decodes beside decodes and beside prompts. Those relay the same number of
+rows a layer, at most 4, 7 or 16 (``--rows``), and each row stands for L + 1 requests on the host; those in
+the second sub-batch come on top. Filling and draining the host is left out, and copies cost nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from scipy.optimize import linprog  # type: ignore[import-untyped]
 
+from neo.core.errors import InputError
 from neo.core.graph import OpKind, Work
 from neo.core.view import Limits
 from neo.policy.estimate import StageTimes
@@ -40,61 +42,78 @@ class Step:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a step takes by its stages, or would if something cost nothing."""
+    """What a step takes by its stages."""
 
     times: StageTimes
-    read: float  # bytes/s of plain reading by the host
-    plain: bool  # CPU attention as fast as that
-    free: bool  # the second sub-batch's products for nothing
 
     def cpu(self, count: int, kv: int, relayed: bool) -> float:
         """Seconds of a layer's attention on the host."""
         if not count:
             return 0.0
         model = self.times.model
-        if self.plain:
-            return kv * model.kv_bytes_per_token_layer / self.read
         if relayed:
             work = Work(count, count, kv, layers=model.layers)
             return float(self.times.cost.seconds(OpKind.CPU_ATTN, work))
         return self.times.cpu_stage(count, kv)
 
-    def beside_prompts(self, resident: int, chunk: int, kv: int, first: int, second: int) -> Step:
+    def pipelined(self, resident: int, chunk: int, kv: int, first: int, second: int) -> Step:
         """Prompts and everybody on the GPU in sub-batch 0, decodes of the host in both."""
         times, layers = self.times, self.times.model.layers
-        attention = times.gpu_attention(((PROMPT // 2, chunk),), resident, resident * kv)
-        other = 0.0 if self.free else times.linear(second)
+        attention = times.gpu_attention(prompts_of(chunk), resident, resident * kv)
         layer = max(times.linear(resident + chunk + first), self.cpu(second, second * kv, False))
-        layer += max(other + attention, self.cpu(first, first * kv, False))
-        rows = resident + first + second
-        ended = rows + chunk // PROMPT + 1
-        seconds = layers * layer + times.around(chunk + rows, ended, ended)
-        return Step(seconds, chunk / PROMPT, rows)
+        layer += max(times.linear(second) + attention, self.cpu(first, first * kv, False))
+        return self._step(layers * layer, chunk, resident + first + second)
 
-    def decodes(self, resident: int, kv: int, rows: int) -> Step:
-        """Decodes on the GPU, and so many relayed ones a layer."""
+    def sequential(self, resident: int, chunk: int, kv: int, rows: int) -> Step:
+        """Everybody on the GPU, prompts or none, and so many relayed rows a layer."""
         times, layers = self.times, self.times.model.layers
-        layer = times.linear(resident + rows) + times.gpu_attention((), resident, resident * kv)
-        seconds = layers * layer + times.around(resident + rows, resident + rows, resident + rows)
-        return Step(max(seconds, layers * self.cpu(rows, rows * kv, True)), 0.0, resident + rows)
+        layer = times.linear(resident + chunk + rows)
+        layer += times.gpu_attention(prompts_of(chunk), resident, resident * kv)
+        step = self._step(layers * layer, chunk, resident + rows)
+        return replace(step, seconds=max(step.seconds, layers * self.cpu(rows, rows * kv, True)))
+
+    def _step(self, seconds: float, chunk: int, rows: int) -> Step:
+        ended = rows + -(-chunk // PROMPT)
+        return Step(seconds + self.times.around(chunk + rows, ended, ended), chunk / PROMPT, rows)
 
 
-def best(costs: Costs, kv_tokens: int, output: int, host: bool) -> float:
-    """Requests/s of the mixture that ends most: as many tokens as the requests need whose prompts it has."""
+def prompts_of(chunk: int) -> tuple[tuple[int, int], ...]:
+    """Whole prompts, and a part from the middle of one: (start, length)."""
+    whole, rest = divmod(chunk, PROMPT)
+    return ((0, PROMPT),) * whole + (((PROMPT - rest) // 2, rest),) * bool(rest)
+
+
+def best(costs: Costs, kv_tokens: int, output: int, most: int) -> list[float]:
+    """Requests/s of the mixture that ends most, by relayed rows a layer, from 0 to ``most``."""
     kv = PROMPT + output // 2
     resident = max(1, kv_tokens // kv)
-    steps = [costs.decodes(resident, kv, rows) for rows in range(17 if host else 1)]
-    steps += [
-        costs.beside_prompts(resident, chunk, kv, first, second)
+    others = [
+        costs.pipelined(resident, chunk, kv, first, second)
         for chunk in CHUNKS
-        for second in range(MOST + 1 if host else 1)
-        for first in range(FIRST + 1 if second else 1)
+        for second in range(1, MOST + 1)
+        for first in range(FIRST + 1)
     ]
+    found = []
+    for rows in range(most + 1):
+        steps = [costs.sequential(resident, chunk, kv, r) for chunk in (0, *CHUNKS) for r in {0, rows}]
+        found.append(fastest([*steps, *others], output))
+    return found
+
+
+def fastest(steps: Sequence[Step], output: int) -> float:
+    """Requests/s of the best mixture of these that makes as many tokens as its prompts need."""
     prompts, tokens, seconds = (
         np.array(column) for column in zip(*[(s.prompts, s.tokens, s.seconds) for s in steps], strict=True)
     )
-    found = linprog(-prompts, A_eq=np.stack([seconds, tokens - output * prompts]), b_eq=[1.0, 0.0])
+    found = linprog(-prompts, A_ub=[output * prompts - tokens], b_ub=[0.0], A_eq=[seconds], b_eq=[1.0])
     return -float(found.fun)
+
+
+def alone(costs: Costs, kv_tokens: int, output: int) -> float:
+    """Requests/s without the host."""
+    kv = PROMPT + output // 2
+    resident = max(1, kv_tokens // kv)
+    return fastest([costs.sequential(resident, chunk, kv, 0) for chunk in (0, *CHUNKS)], output)
 
 
 def bound(times: StageTimes, products: float, read: float, output: int, rate: float) -> float:
@@ -108,22 +127,31 @@ def bound(times: StageTimes, products: float, read: float, output: int, rate: fl
 
 def lines(args: argparse.Namespace) -> Iterator[str]:
     """The table."""
-    names = ("alone, req/s", "bound", "reached", "CPU as plain reading", "second pass free", "both")
-    yield f"{'KV tokens':>9} {'out':>4} " + " ".join(f"{name:>{max(13, len(name))}}" for name in names)
     config = SystemConfig("neo", args.hardware, args.model, limits=Limits(max_batch_tokens=2304))
     system = build_system(config)
-    times = StageTimes(system.cost, system.model)
+    names = ("alone, req/s", "bound", *[f"rows <= {rows}" for rows in args.rows])
+    yield f"{'KV tokens':>9} {'out':>4} " + " ".join(f"{name:>13}" for name in names)
+    costs = Costs(StageTimes(system.cost, system.model))
     products, read = system.hardware.gpu_flops, system.hardware.cpu_bandwidth
     for tokens in args.budgets:
         for output in args.outputs:
-            alone = best(Costs(times, read, False, False), tokens, output, host=False)
-            most = bound(times, products, read, output, alone)
-            cells = [f"{alone:13.2f}", f"{most:13.3f}"]
-            for plain, free, name in zip((0, 1, 0, 1), (0, 0, 1, 1), names[2:], strict=True):
-                ratio = best(Costs(times, read, bool(plain), bool(free)), tokens, output, True) / alone
-                share = f"{ratio:.3f} ({(ratio - 1.0) / (most - 1.0):4.0%})"
-                cells.append(f"{share:>{max(13, len(name))}}")
+            base = alone(costs, tokens, output)
+            most = bound(costs.times, products, read, output, base)
+            cells = [f"{base:13.2f}", f"{most:13.3f}"]
+            rates = best(costs, tokens, output, max(args.rows))
+            for rows in args.rows:
+                ratio = max(rates[: rows + 1]) / base
+                gain = f"{(ratio - 1.0) / (most - 1.0):4.0%}" if most > 1.0 else "   -"
+                cells.append(f"{ratio:.3f} ({gain})".rjust(13))
             yield f"{tokens:9} {output:4} " + " ".join(cells)
+
+
+def number(least: int, text: str) -> int:
+    """A number that is at least so much."""
+    found = int(text)
+    if found < least:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least {least}")
+    return found
 
 
 def main() -> None:
@@ -132,10 +160,15 @@ def main() -> None:
     )
     parser.add_argument("--hardware", default="h200-16c")
     parser.add_argument("--model", default="llama-3.1-8b")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[3200, 6400, 12800, 26368, 45056])
-    parser.add_argument("--outputs", type=int, nargs="+", default=[50, 200, 400])
-    for line in lines(parser.parse_args()):
-        print(line, flush=True)
+    tokens, rows = partial(number, 1), partial(number, 0)
+    parser.add_argument("--budgets", type=tokens, nargs="+", default=[3200, 6400, 12800, 26368, 45056])
+    parser.add_argument("--outputs", type=tokens, nargs="+", default=[50, 200, 400])
+    parser.add_argument("--rows", type=rows, nargs="+", default=[4, 7, 16], help="relayed, of a layer")
+    try:
+        for line in lines(parser.parse_args()):
+            print(line, flush=True)
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Steps of one chunk come one at a time with a rest between, then without any: other products keep the GPU at
 work while the host prepares the next one. Prints, for every half second, what a layer's PRE, attention and
-POST take, in the median, and the GPU's clock and power from nvidia-smi.
+POST take by events around them, in the median, and the GPU's clock and power from nvidia-smi.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from neo.core.errors import InputError
 from neo.core.view import Limits
 from neo.runtime.engine_config import EngineConfig
 from neo.runtime.measure import Bench, Measured
@@ -69,6 +70,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each phase")
     parser.add_argument("--out", type=Path, help="all figures, as JSON")
     args = parser.parse_args()
+    if min(args.tokens) < 16 or args.seconds <= 0.0:
+        parser.error("chunks of at least 16 tokens, for some seconds")
     most = max(args.tokens)
     config = EngineConfig(
         args.model,
@@ -82,8 +85,11 @@ def main() -> None:
         max_model_len=2 * most,
         ahead=True,
     )
-    parts = EngineParts(config)
-    engine = parts.engine(parts.system(), timed=True)
+    try:
+        parts = EngineParts(config)
+    except InputError as error:
+        parser.error(str(error))
+    engine = parts.engine(parts.system(), slices_of=1 << 30)  # events, and nothing ahead of a step
     bench = Bench(engine.executor, parts.spec, config.limits.block_size)
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
 

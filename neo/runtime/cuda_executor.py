@@ -35,8 +35,8 @@ from neo.runtime.kv_memory import KVMemory
 from neo.runtime.model import Model
 from neo.runtime.step_inputs import StepInputs
 
-_EXERCISED = 4096  # rows: prompts of so many come ahead of a step of prompts that is timed
-_CHOOSING = frozenset({OpKind.HEAD})
+_EXERCISED = 8192  # rows: a step of many runs ahead of its time until so many are computed
+_WITHOUT_HEAD = frozenset({OpKind.HEAD})  # which would send its inputs anew, and note tokens
 _MOST_PADDED = 512  # rows of a sub-batch in a graph: with more, launching one by one takes less than the step
 
 
@@ -285,7 +285,7 @@ class CudaExecutor:
         self._ops.launch(graph.template)
 
     def _exercise(self, template: Template, rows: int) -> None:
-        """Run a step of many rows several times ahead of the time that is measured; all write the same.
+        """Run a step of many rows several times ahead of its time; every run writes the same rows and KV.
 
         Such steps draw more power than a GPU may for long, so that it lowers its clocks: behind a rest they
         are faster than behind their like, as they come in an engine that has prompts to compute.
@@ -294,7 +294,7 @@ class CudaExecutor:
             return
         timeline, self._ops.timeline = self._ops.timeline, None
         for _ in range(-(-_EXERCISED // rows)):
-            self._ops.launch(template, _CHOOSING)
+            self._ops.launch(template, _WITHOUT_HEAD)
         self._ops.timeline = timeline
 
 

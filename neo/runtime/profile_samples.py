@@ -26,8 +26,8 @@ class Samples:
     """Seconds by table and coordinates.
 
     What was measured of replayed steps counts alone where there is any. More work never takes less time in a
-    table: where measurements say so they meet half way, and ``raised`` is the largest share by which one is
-    above what was measured.
+    table: where measurements say so they meet half way, and ``raised`` is the largest share of a table's
+    value by which it is above what was measured.
     """
 
     def __init__(self) -> None:
