@@ -162,6 +162,27 @@ def test_a_whole_step_alone_is_one_replay(executor: Any) -> None:
     assert not executor.tables.owners
 
 
+class Launches:
+    """What ``CudaExecutor`` launches operations with, by number of times; it notes which were measured."""
+
+    def __init__(self) -> None:
+        self.timeline: Any = object()
+        self.launched: list[tuple[bool, frozenset[OpKind]]] = []
+
+    def launch(self, template: Any, without: frozenset[OpKind] = frozenset()) -> None:
+        self.launched.append((self.timeline is not None, without))
+
+
+@pytest.mark.parametrize(("rows", "times"), [(512, 0), (513, 16), (2048, 4), (8192, 1), (9000, 1)])
+def test_a_step_of_many_rows_runs_ahead_of_itself_unmeasured(rows: int, times: int) -> None:
+    executor = object.__new__(CudaExecutor)
+    executor._ops = ops = Launches()  # type: ignore[assignment]
+    timeline = ops.timeline
+    executor._exercise(None, rows)  # type: ignore[arg-type]
+    assert ops.launched == [(False, frozenset({OpKind.HEAD}))] * times
+    assert ops.timeline is timeline
+
+
 # -- the table ----------------------------------------------------------------------------------------------
 
 
