@@ -6,10 +6,8 @@ For every KV budget and output length both policies run on the engine: random we
 all requests at once, or arriving at random at a rate that is the same for both. Every run's folder is as
 'neo bench' writes it, for 'neo validate'.
 
-The bound beside the gain: a request costs the GPU P for its prompt (operations over the measured rate of
-products) and D for decoding, where P + D = 1 / (throughput of gpu-only, measured). If the host decodes a
-share f of the tokens and that costs the GPU nothing, P + (1 - f) D = f B / R, the time it takes to read f of
-the KV bytes B that decoding a request reads, at the rate R of reading KV measured in the same run.
+The bound beside the gain is that of ``bandwidth_bound``, with the rates of products and of reading measured
+in the same run.
 """
 
 from __future__ import annotations
@@ -23,12 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bandwidth_bound import PROMPT, best_gain
 from prefill import matmul_rate
 
 from neo.cli.bench import Measured, MeasuredRun, TokenIds
 from neo.cli.runner import Output, Runner
 from neo.core.errors import InputError
-from neo.core.specs import ModelSpec
 from neo.core.view import Limits
 from neo.runtime.engine_config import EngineConfig
 from neo.runtime.machine import read_bandwidth, usable_cores
@@ -40,7 +38,6 @@ from neo.workload.arrivals import apply_arrivals
 from neo.workload.base import Workload
 from neo.workload.synthetic import synthetic
 
-PROMPT = 1000
 BLOCK = 16  # tokens
 # KV tokens of the GPU, output tokens: requests, for some ten seconds of gpu-only on an H200 with an 8B model
 POINTS = {
@@ -50,15 +47,6 @@ POINTS = {
     (26368, 50): 300, (26368, 200): 160, (26368, 400): 100,
     (45056, 50): 340, (45056, 200): 220, (45056, 400): 140,
 }  # fmt: skip
-
-
-def best_gain(model: ModelSpec, output: int, throughput: float, products: float, read: float) -> float:
-    """Throughput with the host over that without it, at most; see the module's description."""
-    prompt_s = PROMPT * 2.0 * model.params / products
-    decode_s = max(0.0, 1.0 / throughput - prompt_s)
-    read_s = output * (PROMPT + output / 2) * model.kv_bytes_per_token / read
-    share = min(1.0, (prompt_s + decode_s) / (decode_s + read_s))
-    return (prompt_s + decode_s) / (prompt_s + (1.0 - share) * decode_s)
 
 
 class Point(NamedTuple):

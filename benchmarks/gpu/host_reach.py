@@ -1,6 +1,6 @@
 """How much of what the host's bandwidth allows can be reached by two sub-batches and relayed decodes.
 
-    python benchmarks/host_reach.py --hardware h200-16c
+    python benchmarks/gpu/host_reach.py --hardware h200-16c
 
 For every budget of GPU memory and length of output: requests/s with the GPU alone, in a steady state; by
 which factor the bandwidth bound raises that (the host reads KV for all of the time, and costs the GPU
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from bandwidth_bound import PROMPT, best_gain
 from scipy.optimize import linprog  # type: ignore[import-untyped]
 
 from neo.core.errors import InputError
@@ -26,7 +27,6 @@ from neo.core.view import Limits
 from neo.policy.estimate import StageTimes
 from neo.sim.setup import SystemConfig, build_system
 
-PROMPT = 1000  # tokens
 CHUNKS = (500, 1000, 1500, 2000)
 MOST, FIRST = 100, 20  # decodes of the host in sub-batch 1 and sub-batch 0, at most
 
@@ -116,15 +116,6 @@ def alone(costs: Costs, kv_tokens: int, output: int) -> float:
     return fastest([costs.sequential(resident, chunk, kv, 0) for chunk in (0, *CHUNKS)], output)
 
 
-def bound(times: StageTimes, products: float, read: float, output: int, rate: float) -> float:
-    """The bandwidth bound, as ``benchmarks/gpu/study.py`` has it."""
-    prompt_s = PROMPT * 2.0 * times.model.params / products
-    decode_s = max(0.0, 1.0 / rate - prompt_s)
-    read_s = output * (PROMPT + output / 2) * times.model.kv_bytes_per_token / read
-    share = min(1.0, (prompt_s + decode_s) / (decode_s + read_s))
-    return (prompt_s + decode_s) / (prompt_s + (1.0 - share) * decode_s)
-
-
 def lines(args: argparse.Namespace) -> Iterator[str]:
     """The table."""
     config = SystemConfig("neo", args.hardware, args.model, limits=Limits(max_batch_tokens=2304))
@@ -136,7 +127,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     for tokens in args.budgets:
         for output in args.outputs:
             base = alone(costs, tokens, output)
-            most = bound(costs.times, products, read, output, base)
+            most = best_gain(system.model, output, base, products, read)
             cells = [f"{base:13.2f}", f"{most:13.3f}"]
             rates = best(costs, tokens, output, max(args.rows))
             for rows in args.rows:
