@@ -139,10 +139,9 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
 
 def number(least: int, text: str) -> int:
     """A number that is at least so much."""
-    found = int(text)
-    if found < least:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least {least}")
-    return found
+    if text.isdecimal() and int(text) >= least:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least {least}")
 
 
 def main() -> None:

@@ -87,9 +87,9 @@ def main() -> None:
     )
     try:
         parts = EngineParts(config)
+        engine = parts.engine(parts.system(), slices_of=1 << 30)  # events, and nothing ahead of a step
     except InputError as error:
         parser.error(str(error))
-    engine = parts.engine(parts.system(), slices_of=1 << 30)  # events, and nothing ahead of a step
     bench = Bench(engine.executor, parts.spec, config.limits.block_size)
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
 

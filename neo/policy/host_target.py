@@ -56,10 +56,10 @@ class Steady(NamedTuple):
 
     Attributes:
         hosted: requests that the host serves.
-        served: of them, those that are relayed.
         rate: requests/s that end.
         in_work: requests that have been begun beyond those that the GPU holds, counted as if they were half
             done on average.
+        served: of those on the host, the ones that are relayed.
     """
 
     hosted: int
